@@ -1,0 +1,157 @@
+"""A serving configuration: one value, with a JSON form that `plan` writes and the engine and the simulator take as it is."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from engine.errors import UserError
+
+LoraSharding = Literal["replicated", "block_diagonal", "slora", "slora_published"]
+Merge = Literal["never", "hot", "dynamic"]
+Backend = Literal["triton", "reference"]
+Dtype = Literal["bfloat16", "float16", "float32"]
+SchedulerPolicy = Literal["fcfs"]
+RouterPolicy = Literal["round_robin", "least_loaded", "adapter_affinity"]
+Placement = Literal["everywhere"]
+
+ITEMSIZE_BYTES: dict[str, int] = {"bfloat16": 2, "float16": 2, "float32": 4}
+SCHEMA_VERSION = 1
+
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "lora_sharding": get_args(LoraSharding),
+    "merge": get_args(Merge),
+    "backend": get_args(Backend),
+    "dtype": get_args(Dtype),
+    "scheduler": get_args(SchedulerPolicy),
+    "router": get_args(RouterPolicy),
+    "placement": get_args(Placement),
+}
+# Field -> (lowest, highest) of the integer fields; None is no bound.
+_INTEGERS: dict[str, tuple[int, int | None]] = {
+    "schema_version": (SCHEMA_VERSION, SCHEMA_VERSION),
+    "tp": (1, 64),
+    "replicas": (1, 4096),
+    "max_num_seqs": (1, 4096),
+    "max_num_batched_tokens": (1, 131072),
+    "max_model_len": (1, None),
+    "max_adapters_per_step": (1, None),
+    "host_memory_bytes": (1, None),
+    "page_tokens": (1, 1024),
+    "num_pages": (1, None),
+    "graph_max_tokens": (0, 8192),
+}
+_OPTIONAL = {"max_adapters_per_step", "host_memory_bytes", "num_pages"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServingConfig:
+    """What to serve, on what, and how.
+
+    model: a catalogue name or a path to a Hugging Face `config.json` (or its folder).
+    gpu: a name of the GPU catalogue (`engine/budget.py`).
+    tp, replicas: GPUs a replica, and replicas behind the router.
+    max_num_batched_tokens: most tokens (decode rows and prefill chunks) of one step.
+    max_adapters_per_step: most distinct adapters among the running requests; None is no limit.
+    host_memory_bytes: bound of the pinned adapter store; None is no bound.
+    num_pages: size of the pool in pages; None takes what `gpu_memory_utilization` leaves.
+    graph_max_tokens: steps of at most so many tokens run as CUDA graphs.
+
+    Raises UserError naming field, value and bound.
+    """
+
+    schema_version: int = SCHEMA_VERSION
+    model: str = "llama-3.1-8b"
+    gpu: str = "h200"
+    tp: int = 1
+    replicas: int = 1
+    lora_sharding: LoraSharding = "replicated"
+    merge: Merge = "never"
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 1024
+    max_model_len: int = 8192
+    gpu_memory_utilization: float = 0.9
+    max_adapters_per_step: int | None = None
+    host_memory_bytes: int | None = None
+    scheduler: SchedulerPolicy = "fcfs"
+    router: RouterPolicy = "least_loaded"
+    placement: Placement = "everywhere"
+    page_tokens: int = 16
+    num_pages: int | None = None
+    graph_max_tokens: int = 1024
+    backend: Backend = "triton"
+    dtype: Dtype = "bfloat16"
+
+    def __post_init__(self) -> None:
+        for name, (low, high) in _INTEGERS.items():
+            _check_integer(name, getattr(self, name), low, high)
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices:
+                raise UserError(f"config: {name}={value!r} must be one of {', '.join(choices)}")
+        for name in ("model", "gpu"):
+            if not isinstance(getattr(self, name), str) or not getattr(self, name):
+                raise UserError(f"config: {name}={getattr(self, name)!r} must be a name")
+        utilization = self.gpu_memory_utilization
+        if isinstance(utilization, bool) or not isinstance(utilization, (int, float)) or not 0 < utilization <= 1:
+            raise UserError(f"config: gpu_memory_utilization={utilization!r} must be in (0, 1]")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise UserError(
+                f"config: max_num_batched_tokens={self.max_num_batched_tokens} must be at least "
+                f"max_num_seqs={self.max_num_seqs}, so that every running request can decode in every step"
+            )
+
+    @property
+    def itemsize_bytes(self) -> int:
+        return ITEMSIZE_BYTES[self.dtype]
+
+    @property
+    def gpus(self) -> int:
+        return self.tp * self.replicas
+
+    def with_changes(self, **changes: Any) -> ServingConfig:
+        """Return a copy with fields changed, validated again."""
+        return replace(self, **changes)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON form, every field present."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Any, *, source: str = "config") -> ServingConfig:
+        """Build from the JSON form. Raises UserError on unknown keys and bad values, naming `source`."""
+        if not isinstance(data, dict):
+            raise UserError(f"{source}: a serving configuration must be a JSON object, got {type(data).__name__}")
+        known = {field.name for field in fields(cls)}
+        unknown = sorted(set(data) - known)
+        if unknown:
+            raise UserError(f"{source}: unknown key {unknown[0]!r}; known keys: {', '.join(sorted(known))}")
+        try:
+            return cls(**data)
+        except UserError as error:
+            raise UserError(f"{source}: {str(error).removeprefix('config: ')}") from None
+
+    @classmethod
+    def load(cls, path: Path) -> ServingConfig:
+        """Read the JSON file `path`. A plan's recommendation file ({"config": …}) is accepted too."""
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise UserError(f"{path}: not JSON: {error}") from None
+        if isinstance(data, dict) and isinstance(data.get("config"), dict):
+            data = data["config"]
+        return cls.from_json(data, source=str(path))
+
+
+def _check_integer(name: str, value: Any, low: int, high: int | None) -> None:
+    if value is None and name in _OPTIONAL:
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise UserError(f"config: {name}={value!r} must be a whole number")
+    if value < low or (high is not None and value > high):
+        bound = f"at least {low}" if high is None else f"in {low}..{high}" if low != high else f"{low}"
+        raise UserError(f"config: {name}={value} must be {bound}")

@@ -1,0 +1,93 @@
+"""What one step of the engine does, and the facts of it that cost time.
+
+A `Step` is what the scheduler planned; its `StepShape` is what the runner records, the profiler measures and the cost model prices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from engine.scheduler import Sequence
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepShape:
+    """The cost-relevant facts of a step; counts are of this rank.
+
+    decode_rows: sequences that decode one token; decode_kv_tokens: Σ of the KV tokens they attend to, the new one included;
+    decode_kv_max: the longest of them.
+    prefill_tokens, prefill_chunks: tokens and chunks of prompts; prefill_pairs: Σ over chunks of (query, key) pairs under the causal
+    mask; prefill_kv_tokens: Σ of the KV tokens that chunks attend to.
+    sample_rows: rows whose next token is sampled.
+    lora_tokens: tokens with an adapter; lora_adapters: distinct adapters; lora_bytes: Σ weight bytes of the distinct adapters;
+    lora_token_bytes: Σ over tokens of their adapter's weight bytes (proportional to the LoRA operations).
+    """
+
+    decode_rows: int = 0
+    decode_kv_tokens: int = 0
+    decode_kv_max: int = 0
+    prefill_tokens: int = 0
+    prefill_chunks: int = 0
+    prefill_pairs: int = 0
+    prefill_kv_tokens: int = 0
+    sample_rows: int = 0
+    lora_tokens: int = 0
+    lora_adapters: int = 0
+    lora_bytes: int = 0
+    lora_token_bytes: int = 0
+
+    @property
+    def tokens(self) -> int:
+        return self.decode_rows + self.prefill_tokens
+
+    def to_json(self) -> dict[str, int]:
+        return {item.name: getattr(self, item.name) for item in fields(self)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> StepShape:
+        return cls(**{item.name: int(data[item.name]) for item in fields(cls)})
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillChunk:
+    """`length` prompt tokens of a sequence from position `start`; `last`: its next token is sampled from the final row."""
+
+    sequence: Sequence
+    start: int
+    length: int
+    last: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """An adapter load to start: copy its pages from host memory.
+
+    after_step: pages of it were freed by preempting rows of that step; the copy must wait until that step is complete (None: no wait).
+    """
+
+    adapter: str
+    slot: int
+    pages: tuple[int, ...]
+    weight_bytes: int
+    after_step: int | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class Step:
+    """A planned step, told as changes to the last one.
+
+    joined: sequences that decode from this step on. left: sequences that decoded in the last step and do not any more.
+    new_pages: (sequence, page) taken for tokens that this step writes, beyond those a prefill brings.
+    finishing: sequences that produce their last token in this step.
+    """
+
+    index: int
+    shape: StepShape
+    joined: list[Sequence] = field(default_factory=list)
+    left: list[Sequence] = field(default_factory=list)
+    new_pages: list[tuple[Sequence, int]] = field(default_factory=list)
+    prefills: list[PrefillChunk] = field(default_factory=list)
+    finishing: list[Sequence] = field(default_factory=list)
