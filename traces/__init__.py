@@ -1,0 +1,8 @@
+"""Traces: what is asked (requests, adapters) and what was observed (run records)."""
+
+from traces.columns import BASE_MODEL, TraceColumns, TraceRequest
+from traces.errors import TraceError
+from traces.native import load, save
+from traces.trace import Trace, sample_path
+
+__all__ = ["BASE_MODEL", "Trace", "TraceColumns", "TraceError", "TraceRequest", "load", "sample_path", "save"]
