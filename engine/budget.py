@@ -1,0 +1,120 @@
+"""How the memory of one GPU is divided. The engine sizes its pool by this plan, and the simulator counts the same pages.
+
+Weights, activations and the runtime's own take are known before anything is allocated; what remains of the share that the configuration
+allows is the pool.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from engine.config import ServingConfig
+from engine.errors import UserError
+from engine.layout import PageGeometry, page_geometry
+from engine.model_shape import ModelShape
+
+# CUDA context, cuBLAS and Triton workspaces, captured graphs. Measured, see docs/log.md.
+RUNTIME_BYTES = 4 * 2**30
+ATTENTION_PARTIAL_ROWS = 2048  # rows of the split-K attention's partial results
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuSpec:
+    """A GPU by its specification: memory as CUDA reports it, bandwidths and bf16 matrix rate."""
+
+    name: str
+    memory_bytes: int
+    memory_bandwidth_bytes_per_s: float
+    bf16_flops_per_s: float
+    host_bandwidth_bytes_per_s: float
+
+
+# H200: memory as torch reports it; ceilings measured 2026-11-21 (copy 4,241 GB/s; 790 TFLOP/s; pinned host to device 55 GB/s).
+GPUS: dict[str, GpuSpec] = {
+    "h200": GpuSpec(
+        name="h200",
+        memory_bytes=150_000_000_000,
+        memory_bandwidth_bytes_per_s=4.241e12,
+        bf16_flops_per_s=7.9e14,
+        host_bandwidth_bytes_per_s=55e9,
+    ),
+}
+
+
+def gpu_spec(name: str) -> GpuSpec:
+    """Return a GPU of the catalogue. Raises UserError listing the known names."""
+    spec = GPUS.get(name.lower())
+    if spec is None:
+        raise UserError(f"gpu {name!r} is not known; known: {', '.join(sorted(GPUS))}")
+    return spec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryPlan:
+    """Bytes on one GPU. `unused_bytes` lies outside the share that the configuration allows."""
+
+    total_bytes: int
+    weights_bytes: int
+    activations_bytes: int
+    runtime_bytes: int
+    page_bytes: int
+    num_pages: int
+    unused_bytes: int
+
+    @property
+    def pool_bytes(self) -> int:
+        return self.page_bytes * self.num_pages
+
+
+def plan_memory(config: ServingConfig, model: ModelShape) -> MemoryPlan:
+    """Divide one GPU's memory. Raises UserError when the weights leave no room for the pool, saying by how much."""
+    gpu = gpu_spec(config.gpu)
+    geometry = page_geometry(model, config.tp, config.page_tokens, config.itemsize_bytes)
+    weights = model.weight_bytes(config.tp, config.itemsize_bytes)
+    activations = activation_bytes(config, model)
+    allowed = int(gpu.memory_bytes * config.gpu_memory_utilization)
+    room = allowed - weights - activations - RUNTIME_BYTES
+    num_pages = config.num_pages if config.num_pages is not None else max(0, room) // geometry.page_bytes
+    least = -(-config.max_model_len // config.page_tokens)
+    if num_pages < least or num_pages * geometry.page_bytes > room:
+        short = max(least, num_pages) * geometry.page_bytes - room
+        raise UserError(
+            f"{config.model} at tp={config.tp} does not fit {config.gpu}: weights {_gb(weights)}, activations {_gb(activations)}, "
+            f"runtime {_gb(RUNTIME_BYTES)} and a pool of {max(least, num_pages)} pages need {_gb(short)} more than "
+            f"{config.gpu_memory_utilization:g} of {_gb(gpu.memory_bytes)}"
+        )
+    return MemoryPlan(
+        total_bytes=gpu.memory_bytes,
+        weights_bytes=weights,
+        activations_bytes=activations,
+        runtime_bytes=RUNTIME_BYTES,
+        page_bytes=geometry.page_bytes,
+        num_pages=num_pages,
+        unused_bytes=gpu.memory_bytes
+        - weights
+        - activations
+        - RUNTIME_BYTES
+        - num_pages * geometry.page_bytes,
+    )
+
+
+def activation_bytes(config: ServingConfig, model: ModelShape) -> int:
+    """Return the bytes of a step's activations and static buffers on one GPU, at its most tokens."""
+    tokens = config.max_num_batched_tokens
+    shapes = model.linear_shapes(config.tp)
+    outs = sum(shapes[name][0] for name in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"))
+    ins = shapes["o_proj"][1] + shapes["down_proj"][1]
+    row = (outs + ins + 5 * model.hidden_size) * config.itemsize_bytes
+    logits = min(config.max_num_seqs, tokens) * model.vocab_size * (config.itemsize_bytes + 4)
+    partials = ATTENTION_PARTIAL_ROWS * model.heads_per_rank(config.tp) * (model.head_dim + 1) * 4
+    bridge = 3 * 256 * 4 * max(tokens, 8 * 256)
+    return tokens * row + logits + partials + bridge
+
+
+def geometry_of(config: ServingConfig, model: ModelShape) -> PageGeometry:
+    """Return the page of one GPU under a configuration."""
+    return page_geometry(model, config.tp, config.page_tokens, config.itemsize_bytes)
+
+
+def _gb(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:.1f} GB"
