@@ -1,7 +1,7 @@
 """The shape of a base model: every number that memory, cost and the forward pass need, and no weights.
 
-A shape comes from the catalogue of known models, or from a Hugging Face ``config.json`` (Llama 2 and 3.x, Mistral, Qwen2).
-What the engine cannot run exactly is refused here, before anything is loaded.
+A shape comes from the catalogue of known models, or from a Hugging Face ``config.json`` (Llama 2 and 3.x,
+Mistral, Qwen2). What the engine cannot run exactly is refused here, before anything is loaded.
 """
 
 import json
@@ -30,9 +30,9 @@ DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
 class RopeScaling:
     """How rotary frequencies are stretched beyond the length the model was first trained for.
 
-    ``linear`` divides every frequency by ``factor`` and uses none of the other fields. ``llama3`` divides low frequencies
-    by ``factor``, keeps high ones, and blends between, by wavelength relative to ``original_max_position_embeddings``
-    (transformers, ``modeling_rope_utils._compute_llama3_parameters``).
+    ``linear`` divides every frequency by ``factor`` and uses none of the other fields. ``llama3`` divides low
+    frequencies by ``factor``, keeps high ones, and blends between, by wavelength relative to
+    ``original_max_position_embeddings`` (transformers, ``modeling_rope_utils._compute_llama3_parameters``).
     """
 
     kind: Literal["llama3", "linear"]
@@ -46,8 +46,8 @@ class RopeScaling:
 class ModelShape:
     """Dimensions of a Llama-like decoder. Methods with ``tp`` tell what one of ``tp`` GPUs holds.
 
-    ``max_position_embeddings`` is the longest context that full attention computes exactly: a sliding window clamps it.
-    ``dtype`` is the checkpoint's own element type.
+    ``max_position_embeddings`` is the longest context that full attention computes exactly: a sliding window
+    clamps it. ``dtype`` is the checkpoint's own element type.
     """
 
     name: str
@@ -87,7 +87,8 @@ class ModelShape:
     def validate_tp(self, tp: int) -> None:
         """Raise UserError unless the model can be cut over ``tp`` GPUs.
 
-        KV heads are split, or, where there are more GPUs than KV heads, each is held by ``tp / num_kv_heads`` GPUs.
+        KV heads are split, or, where there are more GPUs than KV heads, each is held by ``tp / num_kv_heads``
+        GPUs.
         """
         if tp < 1:
             raise UserError(f"tp (={tp}) must be >= 1.")
@@ -96,9 +97,7 @@ class ModelShape:
             if value % tp:
                 raise UserError(f"tp (={tp}) must divide {field} (={value}) of {self.name}.")
         if self.num_kv_heads % tp and tp % self.num_kv_heads:
-            raise UserError(
-                f"tp (={tp}) must divide, or be a multiple of, num_kv_heads (={self.num_kv_heads}) of {self.name}."
-            )
+            raise UserError(f"tp (={tp}) must divide num_kv_heads (={self.num_kv_heads}) or be its multiple.")
         if self.vocab_size < tp:
             raise UserError(f"tp (={tp}) must be <= vocab_size (={self.vocab_size}) of {self.name}.")
 
@@ -121,7 +120,8 @@ class ModelShape:
     def vocab_range(self, tp: int, rank: int) -> tuple[int, int]:
         """Return the first token of GPU ``rank``'s slice of embedding and head, and the one past its last.
 
-        Slices differ by at most one row where ``tp`` does not divide the vocabulary: there are no padding rows.
+        Slices differ by at most one row where ``tp`` does not divide the vocabulary: there are no padding
+        rows.
         """
         self.validate_tp(tp)
         return rank * self.vocab_size // tp, (rank + 1) * self.vocab_size // tp
@@ -149,7 +149,7 @@ class ModelShape:
         return linears + bias + 2 * self.hidden_size
 
     def weight_bytes(self, tp: int = 1, itemsize: int = 2) -> int:
-        """Return the bytes of the weights on the fullest GPU; embedding and head are cut over the vocabulary."""
+        """Return the bytes of the weights on the fullest GPU, embedding and head cut over the vocabulary."""
         vocab_rows = -(-self.vocab_size // tp) * (1 if self.tie_word_embeddings else 2)
         params = self.num_layers * self.layer_params(tp) + vocab_rows * self.hidden_size + self.hidden_size
         return params * itemsize
@@ -173,7 +173,7 @@ _SIZES = (
 _LLAMA_31_ROPE = RopeScaling(kind="llama3", factor=8.0)
 _LLAMA_32_ROPE = RopeScaling(kind="llama3", factor=32.0)
 _SHAPES = {
-    # name: hidden, intermediate, layers, heads, kv heads, head_dim, vocabulary, positions. From each model's config.json.
+    # hidden, intermediate, layers, heads, kv heads, head_dim, vocabulary, positions: from config.json.
     "llama-3.1-8b": (4096, 14336, 32, 32, 8, 128, 128256, 131072),
     "llama-3.1-70b": (8192, 28672, 80, 64, 8, 128, 128256, 131072),
     "llama-3.2-1b": (2048, 8192, 16, 32, 8, 64, 128256, 131072),
@@ -196,10 +196,13 @@ _EXTRAS: dict[str, dict[str, Any]] = {
     "qwen2.5-7b": {"rope_theta": 1000000.0, "rms_norm_eps": 1e-6, "qkv_bias": True},
 }
 
-MODEL_CATALOGUE: Mapping[str, ModelShape] = {
-    name: ModelShape(name=name, **dict(zip(_SIZES, sizes, strict=True)), **_EXTRAS[name])
-    for name, sizes in _SHAPES.items()
-}
+
+def _known_shape(name: str) -> ModelShape:
+    fields: dict[str, Any] = dict(zip(_SIZES, _SHAPES[name], strict=True))
+    return ModelShape(name=name, **fields, **_EXTRAS[name])
+
+
+MODEL_CATALOGUE: Mapping[str, ModelShape] = {name: _known_shape(name) for name in _SHAPES}
 """Known models by name."""
 
 
@@ -229,9 +232,9 @@ def load_model_shape(name_or_path: str | Path) -> ModelShape:
 def from_hf_config(config: Mapping[str, Any], name: str, source: str) -> ModelShape:
     """Return the shape that a Hugging Face config describes, in the style of transformers 4 or 5.
 
-    name: how the model is called from here on. source: the file, for errors.
-    Raises UserError for what the engine does not run: other architectures, quantised bases, biases it does not add,
-    activations other than SiLU, rotary scalings other than default, linear and llama3.
+    name: how the model is called from here on. source: the file, for errors. Raises UserError for what the
+    engine does not run: other architectures, quantised bases, biases it does not add, activations other than
+    SiLU, rotary scalings other than default, linear and llama3.
     """
     if not isinstance(config, Mapping):
         raise UserError(f"{source}: must be a JSON object.")

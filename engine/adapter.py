@@ -1,0 +1,180 @@
+"""What an adapter is before its weights are read: a name, a method, its ranks, the linears it changes."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from engine.errors import UserError
+from engine.model_shape import MODULES
+from engine.peft_config import read_peft_config
+
+AdapterKind = Literal["lora", "bd_lora", "dynamic"]
+
+MAX_RANK = 256
+DEFAULT_RANK = 16
+"""Rank of an adapter that nobody gave one: an assumption, to be said where results are shown."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterSpec:
+    """One adapter. ``rank`` is that of every target, but for those that ``rank_overrides`` names, as (module,
+    rank).
+
+    nblocks: diagonal blocks of a ``bd_lora``; dense LoRA has 1. path: its PEFT folder; None means random
+    weights.
+    """
+
+    name: str
+    kind: AdapterKind = "lora"
+    rank: int = DEFAULT_RANK
+    nblocks: int = 1
+    target_modules: tuple[str, ...] = MODULES
+    path: Path | None = None
+    rank_overrides: tuple[tuple[str, int], ...] = ()
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name:
+            raise UserError(f"adapter name (={self.name!r}) must be a non-empty string.")
+        if self.kind not in get_args(AdapterKind):
+            raise UserError(f"kind (={self.kind!r}) must be one of {', '.join(get_args(AdapterKind))}.")
+        _check_integer("rank", self.rank, 1, MAX_RANK)
+        _check_integer("nblocks", self.nblocks, 1, MAX_RANK)
+        if self.kind != "bd_lora" and self.nblocks != 1:
+            raise UserError(f"nblocks (={self.nblocks}) must be 1 unless kind is bd_lora.")
+        if not self.target_modules:
+            raise UserError("target_modules must name at least one linear.")
+        for module in (*self.target_modules, *(module for module, _ in self.rank_overrides)):
+            if module not in MODULES:
+                raise UserError(f"target_modules has {module!r}; it must be one of {', '.join(MODULES)}.")
+        if len(set(self.target_modules)) != len(self.target_modules):
+            raise UserError("target_modules names a linear twice.")
+        for module, rank in self.rank_overrides:
+            _check_integer(f"rank of {module}", rank, 1, MAX_RANK)
+        if any(rank % self.nblocks for rank in self.module_ranks):
+            raise UserError(f"nblocks (={self.nblocks}) must divide rank (={self.rank}).")
+
+    @property
+    def module_ranks(self) -> tuple[int, ...]:
+        """The seven ranks in the order of MODULES, 0 where a linear is not a target."""
+        overrides = dict(self.rank_overrides)
+        return tuple(
+            overrides.get(module, self.rank) if module in self.target_modules else 0 for module in MODULES
+        )
+
+
+def load_adapters(path: str | Path) -> dict[str, AdapterSpec]:
+    """Read adapters.jsonl: one adapter a line, by name, in the file's order.
+
+    A relative ``path`` starts at the file's own folder and must be a PEFT folder: what its
+    adapter_config.json says fills missing keys and must agree with given ones. Raises UserError naming file
+    and line.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise UserError(f"{path}: cannot be read: {reason}.") from None
+    adapters: dict[str, AdapterSpec] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            spec = _parse(line, path.parent)
+            if spec.name in adapters:
+                raise UserError(f"name (={spec.name!r}) is used twice.")
+        except UserError as error:
+            raise UserError(f"{path}:{number}: {error}") from None
+        adapters[spec.name] = spec
+    if not adapters:
+        raise UserError(f"{path}: holds no adapter.")
+    return adapters
+
+
+def adapters_of_trace(
+    names_to_ranks: Mapping[str, int | None], given: Mapping[str, AdapterSpec] | None = None
+) -> dict[str, AdapterSpec]:
+    """Return the adapters that a trace asks for, in the trace's order.
+
+    Without ``given``, each is dense LoRA on all seven linears, of the trace's rank, else DEFAULT_RANK. With
+    it, raises UserError for a name that is not in it or whose rank there is another than the trace's.
+    """
+    if given is None:
+        return {
+            name: AdapterSpec(name=name, rank=DEFAULT_RANK if rank is None else rank)
+            for name, rank in names_to_ranks.items()
+        }
+    adapters = {}
+    for name, rank in names_to_ranks.items():
+        spec = given.get(name)
+        if spec is None:
+            raise UserError(f"adapter {name!r} of the trace is not among the adapters given.")
+        if rank is not None and rank != spec.rank:
+            raise UserError(
+                f"adapter {name!r} has rank {rank} in the trace and rank {spec.rank} where it is given."
+            )
+        adapters[name] = spec
+    return adapters
+
+
+_KEYS = ("name", "kind", "rank", "nblocks", "target_modules", "path")
+
+
+def _parse(line: str, folder: Path) -> AdapterSpec:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"not JSON: {error}.") from None
+    if not isinstance(record, dict):
+        raise UserError("must be a JSON object.")
+    for key in record:
+        if key not in _KEYS:
+            raise UserError(f"unknown key {key!r}; known keys: {', '.join(_KEYS)}.")
+    if "name" not in record:
+        raise UserError("name is missing.")
+    given = {key: value for key, value in record.items() if value is not None}
+    targets = given.get("target_modules", MODULES)
+    if not isinstance(targets, list | tuple) or not all(isinstance(target, str) for target in targets):
+        raise UserError("target_modules must be a list of strings.")
+    given["target_modules"] = tuple(targets)
+    if "path" not in given:
+        return AdapterSpec(**given)
+    if not isinstance(given["path"], str):
+        raise UserError(f"path (={given['path']!r}) must be a string.")
+    given["path"] = adapter_folder = folder / given["path"]
+    # One layer stands for all here; the loader, who knows how many there are, checks that they agree.
+    spec = spec_of_peft(given["name"], adapter_folder, num_layers=1)
+    _check_agreement(AdapterSpec(**{"rank": spec.rank, **given}), spec, record)
+    return spec
+
+
+def spec_of_peft(name: str, folder: Path, num_layers: int) -> AdapterSpec:
+    """Return what a PEFT folder's adapter_config.json describes. Raises UserError for unsupported methods."""
+    ranks = read_peft_config(folder).module_ranks(num_layers)
+    rank = max(ranks.values())
+    return AdapterSpec(
+        name=name,
+        rank=rank,
+        target_modules=tuple(ranks),
+        path=folder,
+        rank_overrides=tuple((module, other) for module, other in ranks.items() if other != rank),
+    )
+
+
+def _check_agreement(given: AdapterSpec, folder: AdapterSpec, record: Mapping[str, Any]) -> None:
+    """Raise UserError where a key written in the file says something else than the adapter's own folder."""
+    for key in ("kind", "rank", "nblocks", "target_modules"):
+        wanted, found = getattr(given, key), getattr(folder, key)
+        if key == "target_modules":
+            wanted, found = set(wanted), set(found)
+        if record.get(key) is not None and wanted != found:
+            raise UserError(
+                f"{key} (={record[key]!r}) is not what {folder.path} says ({getattr(folder, key)!r})."
+            )
+
+
+def _check_integer(name: str, value: object, low: int, high: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise UserError(f"{name} (={value!r}) must be an integer in {low}..{high}.")

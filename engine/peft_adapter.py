@@ -1,0 +1,218 @@
+"""An adapter's weights: read from a PEFT folder or drawn at random, and packed into the pages that the pool
+copies.
+
+``alpha / r`` is folded into B when an adapter is packed, so that nothing on the GPU knows of scales.
+"""
+
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from engine.adapter import AdapterSpec, spec_of_peft
+from engine.errors import UserError
+from engine.layout import AdapterLayout, Side
+from engine.model_shape import MODULES, ModelShape
+from engine.peft_config import module_path, read_peft_config
+from engine.tensor_files import TensorFile, open_tensors
+from engine.weights import shard_slices
+
+RANDOM_STD = 0.02
+"""Spread of random factors: at r = 16 and 4,096 inputs of order one, B·A adds ~0.1 to outputs of ~1.3."""
+
+Factors = tuple[torch.Tensor, torch.Tensor]
+
+_TENSOR_NAME = re.compile(
+    r"base_model\.model\.(?:model\.)?layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)\.lora_([AB])\.weight"
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterWeights:
+    """One adapter's factors on the CPU.
+
+    scales: what B·A is multiplied by, for each of MODULES. tensors: (layer, module) to A [r, in] and B [out,
+    r], whole or, after ``shard_adapter``, one GPU's part.
+    """
+
+    spec: AdapterSpec
+    scales: tuple[float, ...]
+    tensors: dict[tuple[int, str], Factors]
+
+
+def load_peft_adapter(folder: str | Path, shape: ModelShape, name: str | None = None) -> AdapterWeights:
+    """Read adapter_config.json and adapter_model.safetensors; ``name`` defaults to the folder's.
+
+    Raises UserError for unsupported methods, and for tensors that are missing, unexpected, misshapen or not
+    finite.
+    """
+    folder = Path(folder)
+    config = read_peft_config(folder)
+    spec = spec_of_peft(name or folder.name, folder, shape.num_layers)
+    scales = config.module_scales(shape.num_layers)
+    path = folder / "adapter_model.safetensors"
+    if not path.is_file():
+        pickled = folder / "adapter_model.bin"
+        hint = f"{pickled.name} is a pickle, which is not read" if pickled.is_file() else "no weights"
+        raise UserError(f"{path}: no such file ({hint}).")
+    with open_tensors(path) as file:
+        names = _tensor_names(file)
+        tensors = {
+            (layer, module): _factors(file, names, layer, module, rank, shape)
+            for layer in range(shape.num_layers)
+            for module, rank in zip(MODULES, spec.module_ranks, strict=True)
+            if rank
+        }
+        _refuse_unexpected(file, names, tensors)
+    return AdapterWeights(
+        spec=spec, scales=tuple(scales.get(module, 0.0) for module in MODULES), tensors=tensors
+    )
+
+
+def random_adapter(spec: AdapterSpec, shape: ModelShape, seed: int, dtype: torch.dtype) -> AdapterWeights:
+    """Draw the factors of a dense LoRA: N(0, 0.02²) both, scale 1."""
+    if spec.kind != "lora":
+        raise UserError(f"adapter {spec.name}: kind {spec.kind!r} is not supported yet.")
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(rows: int, columns: int) -> torch.Tensor:
+        return torch.empty(rows, columns, dtype=dtype).normal_(0.0, RANDOM_STD, generator=generator)
+
+    linears = shape.linear_shapes()
+    tensors = {
+        (layer, module): (draw(rank, linears[module][1]), draw(linears[module][0], rank))
+        for layer in range(shape.num_layers)
+        for module, rank in zip(MODULES, spec.module_ranks, strict=True)
+        if rank
+    }
+    scales = tuple(1.0 if rank else 0.0 for rank in spec.module_ranks)
+    return AdapterWeights(spec=spec, scales=scales, tensors=tensors)
+
+
+def shard_adapter(
+    adapter: AdapterWeights, shape: ModelShape, tp: int, rank: int, sharding: str = "replicated"
+) -> AdapterWeights:
+    """Return GPU ``rank``'s part: ``replicated`` cuts A's inputs or B's outputs as the base is cut."""
+    if tp == 1:
+        return adapter
+    if sharding != "replicated":
+        raise UserError(
+            f"lora_sharding (={sharding!r}) at tp (={tp}) > 1 is not supported yet; use 'replicated'."
+        )
+    tensors = {}
+    for (layer, module), (a, b) in adapter.tensors.items():
+        outputs, inputs = shard_slices(shape, module, tp, rank)
+        tensors[layer, module] = (a[:, inputs], b[outputs])
+    return replace(adapter, tensors=tensors)
+
+
+def pack(adapter: AdapterWeights, layout: AdapterLayout, dtype: torch.dtype) -> torch.Tensor:
+    """Return the pages of one GPU's part of an adapter: ``[num_pages, page_elems]`` on the CPU, in the pool's
+    dtype.
+
+    A's rows as they are, B transposed and multiplied by the scale in fp32. The row table's place is zero: the
+    loader writes it when the pages are known (``layout.table``). Raises ValueError where the factors do not
+    have the layout's shapes.
+    """
+    _check_itemsize(layout, dtype)
+    image = torch.zeros(layout.num_pages * layout.geometry.page_elems, dtype=dtype)
+    for (layer, module), (a, b) in adapter.tensors.items():
+        index = MODULES.index(module)
+        scaled = b.to(torch.float32) * adapter.scales[index]
+        _write_rows(image, layout, layer, index, "a", a)
+        _write_rows(image, layout, layer, index, "b", scaled.T)
+    return image.view(layout.num_pages, layout.geometry.page_elems)
+
+
+def pack_random(
+    layout: AdapterLayout,
+    generator: torch.Generator,
+    dtype: torch.dtype,
+    std: float = RANDOM_STD,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return pages filled with N(0, std²): a random adapter of this layout, as every row is then random too.
+
+    One draw on the generator's device, for benchmarks with hundreds of large adapters (84 MB each at 8B, r =
+    16, all linears); gaps between rows are random as well, nothing reads them. The loader overwrites the row
+    table's place. out: filled and returned instead of new memory; same device, shape and dtype.
+    """
+    _check_itemsize(layout, dtype)
+    size = (layout.num_pages, layout.geometry.page_elems)
+    if out is None:
+        out = torch.empty(size, dtype=dtype, device=generator.device)
+    elif out.shape != size or out.dtype != dtype:
+        raise ValueError(f"out is {list(out.shape)} of {out.dtype}, {list(size)} of {dtype} is needed.")
+    return out.normal_(0.0, std, generator=generator)
+
+
+def _check_itemsize(layout: AdapterLayout, dtype: torch.dtype) -> None:
+    if dtype.itemsize != layout.geometry.itemsize:
+        raise ValueError(f"dtype is {dtype}, the layout's elements have {layout.geometry.itemsize} bytes.")
+
+
+def _write_rows(
+    image: torch.Tensor, layout: AdapterLayout, layer: int, index: int, side: Side, rows: torch.Tensor
+) -> None:
+    """Copy a matrix's rows to their places; rows that follow each other in one page go in one copy."""
+    count, length = layout.counts[index][side == "b"], layout.lengths[index][side == "b"]
+    if rows.shape != (count, length):
+        raise ValueError(
+            f"layer {layer} {MODULES[index]} {side}: [rows, elements] is {list(rows.shape)}, "
+            f"{[count, length]} is needed."
+        )
+    units = layout.row_units[layout.rows(layer, index, side)]
+    starts = [int(unit) * 128 // layout.geometry.itemsize for unit in units]
+    stride = -(-length * layout.geometry.itemsize // 128) * 128 // layout.geometry.itemsize
+    first = 0
+    for row in range(1, count + 1):
+        if row == count or starts[row] != starts[row - 1] + stride:
+            image.as_strided((row - first, length), (stride, 1), starts[first]).copy_(rows[first:row])
+            first = row
+
+
+def _tensor_names(file: TensorFile) -> dict[tuple[int, str, str], str]:
+    names = {}
+    for name in sorted(file.keys):
+        match = _TENSOR_NAME.fullmatch(name)
+        if match is None or match[2] not in MODULES:
+            raise UserError(
+                f"{file.path}: tensor {name} is unexpected: not a LoRA factor of one of {', '.join(MODULES)}."
+            )
+        names[int(match[1]), match[2], match[3]] = name
+    return names
+
+
+def _factors(
+    file: TensorFile,
+    names: dict[tuple[int, str, str], str],
+    layer: int,
+    module: str,
+    rank: int,
+    shape: ModelShape,
+) -> Factors:
+    out, inp = shape.linear_shapes()[module]
+    factors = []
+    for side, wanted in (("A", (rank, inp)), ("B", (out, rank))):
+        name = names.get((layer, module, side))
+        if name is None:
+            raise UserError(
+                f"{file.path}: tensor {module_path(layer, module)}.lora_{side}.weight is missing."
+            )
+        found = file.shape(name)
+        if found != wanted:
+            raise UserError(f"{file.path}: tensor {name} has shape {list(found)}, {list(wanted)} is needed.")
+        tensor = file.read(name)
+        if not bool(torch.isfinite(tensor).all()):
+            raise UserError(f"{file.path}: tensor {name} holds values that are not finite.")
+        factors.append(tensor)
+    return factors[0], factors[1]
+
+
+def _refuse_unexpected(
+    file: TensorFile, names: dict[tuple[int, str, str], str], tensors: dict[tuple[int, str], Factors]
+) -> None:
+    for (layer, module, _), name in names.items():
+        if (layer, module) not in tensors:
+            raise UserError(f"{file.path}: tensor {name} is unexpected: config or model has no such target.")
