@@ -10,14 +10,11 @@ import torch
 
 if torch.cuda.is_available():
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
-        raise RuntimeError("TRITON_INTERPRET is set, but this machine has a GPU: unset it, so that the kernels are tested as compiled")
+        raise RuntimeError(
+            "unset TRITON_INTERPRET: this machine has a GPU, on which kernels are tested as compiled"
+        )
 else:
     os.environ["TRITON_INTERPRET"] = "1"
-
-
-def pytest_configure(config):
-    config.addinivalue_line("markers", "gpu: needs a CUDA device")
-
 
 if torch.cuda.is_available():
     TARGETS = [

@@ -1,0 +1,252 @@
+"""Attention of one new token a sequence over its paged KV cache, with long sequences split over several
+programs.
+
+    out[row, h] = Σ_n softmax_n(scale · q[row, h] · k[n]) v[n],   scale = D^−½
+
+Work items name a row and a range of its KV tokens. A split row's items leave normalised partial results and
+their log-sum-exps; a second kernel merges them. Both walk work lists whose lengths they read from the
+device, on a fixed grid, so one CUDA graph serves any batch.
+
+The query heads that share a KV head are processed together, so K and V are read once. The group is padded to
+16 rows, what a tensor-core
+product takes at least: wasted arithmetic (0.5 MFLOP for each 32 KB of K and V at D = 128, against the ≈ 6
+MFLOP that an H200 could do while it loads them), no wasted bytes, so group 1 needs no path of its own.
+
+Source: Dao et al., Flash-Decoding, 2023; Kwon et al., PagedAttention, arXiv:2309.06180.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels.checks import (
+    FLOAT_DTYPES,
+    check_heads,
+    check_pool,
+    check_positive,
+    check_tensor,
+    check_work_list,
+)
+
+LOG2_E = 1.4426950408889634
+BLOCK_N = 64  # KV tokens an iteration: 16 KB of K and as much of V at D = 128 in bf16.
+NUM_STAGES = 3
+NUM_WARPS = 4
+COMBINE_BLOCK = 32
+
+
+@triton.jit
+def _decode_kernel(
+    q,
+    pool,
+    page_table,
+    sequence_slots,
+    items,
+    num_items,
+    partial,
+    partial_lse,
+    out,
+    q_stride,
+    table_stride,
+    page_elems,
+    layer_offset,
+    scale_log2,
+    NUM_KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUP_PAD: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PAGE_TOKENS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    LN_2: tl.constexpr = 0.6931471805599453
+    NUM_HEADS: tl.constexpr = NUM_KV_HEADS * GROUP
+    member = tl.arange(0, GROUP_PAD)
+    column = tl.arange(0, HEAD_DIM)
+    is_member = member < GROUP
+    # KV heads of one item are neighbours in the walk: they share its page ids, and their K (and V) lie side
+    # by side in a page.
+    for work in range(tl.program_id(0), tl.load(num_items) * NUM_KV_HEADS, tl.num_programs(0)):
+        item = items + (work // NUM_KV_HEADS) * 4
+        kv_head = work % NUM_KV_HEADS
+        row = tl.load(item).to(tl.int64)
+        kv_start = tl.load(item + 1)
+        kv_end = tl.load(item + 2)
+        part = tl.load(item + 3).to(tl.int64)
+        pages = page_table + tl.load(sequence_slots + row).to(tl.int64) * table_stride
+        head = kv_head * GROUP + member
+        query = tl.load(
+            q + row * q_stride + head[:, None] * HEAD_DIM + column[None, :],
+            mask=is_member[:, None],
+            other=0.0,
+        )
+        keys = pool + layer_offset + kv_head * (PAGE_TOKENS * HEAD_DIM)
+        top = tl.full((GROUP_PAD,), float("-inf"), tl.float32)
+        total = tl.zeros((GROUP_PAD,), tl.float32)
+        sums = tl.zeros((GROUP_PAD, HEAD_DIM), tl.float32)
+        for start in range(kv_start, kv_end, BLOCK_N):
+            token = start + tl.arange(0, BLOCK_N)
+            # Past the end the last token is read again, so loads need no mask and meet no unwritten memory.
+            read = tl.minimum(token, kv_end - 1)
+            page = tl.load(pages + read // PAGE_TOKENS).to(tl.int64)
+            place = (page * page_elems + (read % PAGE_TOKENS) * HEAD_DIM)[:, None] + column[None, :]
+            key = tl.load(keys + place)
+            scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale_log2
+            scores = tl.where((token < kv_end)[None, :], scores, float("-inf"))
+            new_top = tl.maximum(top, tl.max(scores, axis=1))
+            weight = tl.exp2(scores - new_top[:, None])
+            fade = tl.exp2(top - new_top)
+            total = total * fade + tl.sum(weight, axis=1)
+            value = tl.load(keys + NUM_KV_HEADS * PAGE_TOKENS * HEAD_DIM + place)
+            sums = tl.dot(weight.to(value.dtype), value, sums * fade[:, None], input_precision="ieee")
+            top = new_top
+        result = sums / total[:, None]
+        if part < 0:
+            ptrs = out + row * (NUM_HEADS * HEAD_DIM) + head[:, None] * HEAD_DIM + column[None, :]
+            tl.store(ptrs, result.to(out.dtype.element_ty), mask=is_member[:, None])
+        else:
+            sink = part * NUM_HEADS + head
+            tl.store(partial + sink[:, None] * HEAD_DIM + column[None, :], result, mask=is_member[:, None])
+            tl.store(partial_lse + sink, (top + tl.log2(total)) * LN_2, mask=is_member)
+
+
+@triton.jit
+def _combine_kernel(
+    combine,
+    num_combine,
+    partial,
+    partial_lse,
+    out,
+    NUM_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    column = tl.arange(0, HEAD_DIM)
+    for work in range(tl.program_id(0), tl.load(num_combine) * NUM_HEADS, tl.num_programs(0)):
+        entry = combine + (work // NUM_HEADS) * 4
+        head = work % NUM_HEADS
+        row = tl.load(entry).to(tl.int64)
+        first = tl.load(entry + 1).to(tl.int64)
+        count = tl.load(entry + 2)
+        top = float("-inf")
+        total = 0.0
+        sums = tl.zeros((HEAD_DIM,), tl.float32)
+        for start in range(0, count, BLOCK):
+            index = start + tl.arange(0, BLOCK)
+            source = (first + index) * NUM_HEADS + head
+            lse = tl.load(partial_lse + source, mask=index < count, other=float("-inf"))
+            result = tl.load(
+                partial + source[:, None] * HEAD_DIM + column[None, :],
+                mask=(index < count)[:, None],
+                other=0.0,
+            )
+            new_top = tl.maximum(top, tl.max(lse, axis=0))
+            weight = tl.exp(lse - new_top)
+            fade = tl.exp(top - new_top)
+            total = total * fade + tl.sum(weight, axis=0)
+            sums = sums * fade + tl.sum(weight[:, None] * result, axis=0)
+            top = new_top
+        tl.store(out + (row * NUM_HEADS + head) * HEAD_DIM + column, (sums / total).to(out.dtype.element_ty))
+
+
+def paged_decode_attention(
+    q: torch.Tensor,
+    pool: torch.Tensor,
+    page_table: torch.Tensor,
+    sequence_slots: torch.Tensor,
+    items: torch.Tensor,
+    num_items: torch.Tensor,
+    combine: torch.Tensor,
+    num_combine: torch.Tensor,
+    partial: torch.Tensor,
+    partial_lse: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    layer: int,
+    num_layers: int,
+    num_kv_heads: int,
+    head_dim: int,
+    page_tokens: int,
+    num_programs: int,
+) -> torch.Tensor:
+    """Attend from the rows that the work lists name; other rows of `out` are left alone.
+
+    q: [T, Hq, D] bf16, fp16 or fp32, rotated; each row contiguous, any row stride (a view of qkv).
+    pool: [num_pages, num_layers·2·Hkv·page_tokens·D], dtype of q. page_table: [S, pages] int32.
+    sequence_slots: [T] int32.
+    items: [cap, 4] int32, (row, kv_start, kv_end, partial), kv_start < kv_end in tokens; partial −1: the
+    item is the whole row.
+    combine: [cap, 4] int32, (row, first_partial, count, 0). num_items, num_combine: [1] int32, how many
+    entries are valid.
+    partial: [max_partials, Hq, D] fp32 and partial_lse: [max_partials, Hq] fp32, scratch: normalised results
+    and log-sum-exps (natural).
+    out: [T, Hq·D], dtype of q. num_programs: the grid, any positive number; 132 × 3 fills an H200 at D = 128.
+    Returns out. Raises ValueError on shape, dtype, stride or device mismatch.
+    """
+    device = q.device
+    check_tensor("q", q, shape=(None, None, head_dim), dtypes=FLOAT_DTYPES, device=device, strided_rows=True)
+    tokens, num_heads, _ = q.shape
+    check_heads(num_heads, num_kv_heads)
+    check_pool(
+        pool,
+        layer=layer,
+        num_layers=num_layers,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        page_tokens=page_tokens,
+        like=q,
+    )
+    check_tensor(
+        "page_table", page_table, shape=(None, None), dtypes=(torch.int32,), device=device, strided_rows=True
+    )
+    check_tensor("sequence_slots", sequence_slots, shape=(tokens,), dtypes=(torch.int32,), device=device)
+    check_work_list("items", items, "num_items", num_items, device)
+    check_work_list("combine", combine, "num_combine", num_combine, device)
+    check_tensor(
+        "partial", partial, shape=(None, num_heads, head_dim), dtypes=(torch.float32,), device=device
+    )
+    check_tensor(
+        "partial_lse",
+        partial_lse,
+        shape=(partial.shape[0], num_heads),
+        dtypes=(torch.float32,),
+        device=device,
+    )
+    check_tensor("out", out, shape=(tokens, num_heads * head_dim), dtypes=(q.dtype,), device=device)
+    check_positive(num_programs=num_programs)
+    group = num_heads // num_kv_heads
+    _decode_kernel[(num_programs,)](
+        q,
+        pool,
+        page_table,
+        sequence_slots,
+        items,
+        num_items,
+        partial,
+        partial_lse,
+        out,
+        q.stride(0),
+        page_table.stride(0),
+        pool.stride(0),
+        layer * 2 * num_kv_heads * page_tokens * head_dim,
+        head_dim**-0.5 * LOG2_E,
+        NUM_KV_HEADS=num_kv_heads,
+        GROUP=group,
+        GROUP_PAD=max(16, triton.next_power_of_2(group)),
+        HEAD_DIM=head_dim,
+        PAGE_TOKENS=page_tokens,
+        BLOCK_N=BLOCK_N,
+        num_warps=NUM_WARPS,
+        num_stages=NUM_STAGES,
+    )
+    _combine_kernel[(num_programs,)](
+        combine,
+        num_combine,
+        partial,
+        partial_lse,
+        out,
+        NUM_HEADS=num_heads,
+        HEAD_DIM=head_dim,
+        BLOCK=COMBINE_BLOCK,
+        num_warps=4,
+    )
+    return out
