@@ -1,4 +1,4 @@
-"""Traces: what is asked (requests, adapters) and what was observed (run records)."""
+"""Traces: what is asked (requests, adapters) and what was observed (run records, in `traces.run_record`)."""
 
 from traces.columns import BASE_MODEL, TraceColumns, TraceRequest
 from traces.errors import TraceError

@@ -20,9 +20,16 @@ MAX_TOKENS = 2**31 - 1  # a request's tokens are counted in int32 on the GPU
 
 
 class TraceBuilder:
-    """Collects checked rows. `source` names the whole, as a file's path does."""
+    """Collects checked rows.
 
-    def __init__(self, source: str, *, raw_arrivals: bool = False) -> None:
+    `source` names the whole, as a file's path does. `field_names` says what a field is called there, for
+    errors.
+    """
+
+    def __init__(
+        self, source: str, *, raw_arrivals: bool = False, field_names: Mapping[str, str] | None = None
+    ) -> None:
+        self._field_names = field_names or {}
         self._source = source
         self._raw_arrivals = raw_arrivals
         self._place = ""
@@ -72,7 +79,7 @@ class TraceBuilder:
         )
 
     def _fail(self, field: str, problem: str) -> NoReturn:
-        raise TraceError(f"{self._place}: {field} {problem}")
+        raise TraceError(f"{self._place}: {self._field_names.get(field, field)} {problem}")
 
     def _add_id(self, row: Mapping[str, Any]) -> None:
         id_ = row.get("id")

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from traces.builder import TraceBuilder
-from traces.columns import TraceColumns
 from traces.errors import TraceError
 from traces.files import numbered_lines, read_text, write_lines
 from traces.trace import Trace
@@ -39,7 +38,7 @@ def save(trace: Trace, path: str | os.PathLike[str], *, overwrite: bool = False)
 
     `load` gives the trace back unchanged. Raises TraceError if the file is there and may not be overwritten.
     """
-    write_lines(path, _lines(trace.columns), overwrite=overwrite)
+    write_lines(path, to_lines(trace), overwrite=overwrite)
 
 
 def json_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -63,7 +62,9 @@ def trace_name(path: str | os.PathLike[str]) -> str:
     return name
 
 
-def _lines(columns: TraceColumns) -> Iterator[str]:
+def to_lines(trace: Trace) -> Iterator[str]:
+    """Yield the lines of the native file, without their ends."""
+    columns = trace.columns
     encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
     arrivals = columns.arrival_s.tolist()
     raw = None if columns.raw_arrival_s is None else columns.raw_arrival_s.tolist()

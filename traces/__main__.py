@@ -1,0 +1,267 @@
+"""The command line of traces: import, synth, assign and describe."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from typer.exceptions import TyperException
+
+from traces.assign import RANK_MIXES, Assignment, RankOrder, Rule, assign
+from traces.describe import describe, table
+from traces.errors import TraceError
+from traces.importers import TimeUnit, import_azure, import_burstgpt, import_mooncake
+from traces.native import load, save, to_lines
+from traces.synth import LIKE, S_LORA, Like, Uniform, Workload, synthesize
+from traces.trace import Trace
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    help="Import, synthesise and summarise traces of LLM requests, and attach LoRA adapters to them.",
+)
+
+PROGRAM = "python -m traces"
+DEFAULT_DURATION_S = 300.0  # S-LoRA's benchmark runs five minutes
+
+Source = Literal["azure", "burstgpt", "mooncake", "aiperf"]
+Format = Literal["table", "json"]
+
+Out = Annotated[
+    Path | None, typer.Option(help="File to write, gzip if it ends in .gz; else standard output.")
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output file if it is there.")]
+RawArrivals = Annotated[
+    bool, typer.Option("--raw-arrivals", help="Use `arrival_s` even where `arrival_spread_s` is given.")
+]
+Seed = Annotated[int, typer.Option(min=0, help="Equal seeds give equal traces.")]
+Adapters = Annotated[int, typer.Option(min=0, help="Number of adapters; 0: the base model alone.")]
+Zipf = Annotated[float, typer.Option(help="R1, R2: popularity falls as 1/position^s; 0 is uniform.")]
+Alpha = Annotated[
+    float, typer.Option(help="R1-slora: share of the first k of n is (k/n)^alpha; 1 is uniform.")
+]
+Ranks = Annotated[
+    str, typer.Option(help=f"Mix of ranks: {', '.join(RANK_MIXES)}, or a list such as 8,16,64.")
+]
+Order = Annotated[
+    RankOrder, typer.Option(help="Which adapter has which rank; hot-small: the popular, the smallest.")
+]
+BaseShare = Annotated[float, typer.Option(help="Share of the requests that use no adapter.")]
+
+
+@app.command("import")
+def import_command(
+    source: Annotated[Source, typer.Argument(help="Format of the file; aiperf is Mooncake's with adapters.")],
+    file: Annotated[Path, typer.Argument(help="File to read, plain or gzip.")],
+    out: Out = None,
+    time_unit: Annotated[
+        TimeUnit | None, typer.Option(help="Unit of `timestamp` (mooncake, aiperf); ms unless told.")
+    ] = None,
+    spread: Annotated[
+        bool | None,
+        typer.Option(
+            help="Spread requests of one tick of a 3 s clock (mooncake, aiperf). Unless told: if it is one."
+        ),
+    ] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Turn a public trace into the native format.
+
+    Times count from the first row. Mooncake's clock ticks every 3 s: requests of one tick are spread over it,
+    as `arrival_spread_s` beside the raw `arrival_s`.
+    """
+    if source in ("mooncake", "aiperf"):
+        trace = import_mooncake(file, time_unit or "ms", spread, warn=_warn)
+    elif time_unit is not None or spread is not None:
+        raise TraceError(f"--time-unit and --spread are for mooncake and aiperf: {source} says its own time")
+    else:
+        trace = (import_azure if source == "azure" else import_burstgpt)(file, warn=_warn)
+    _write(trace, out, overwrite)
+
+
+@app.command()
+def synth(
+    out: Out = None,
+    like: Annotated[
+        Like | None, typer.Option(help="Lengths, rate and CV of a real trace; else S-LoRA's workload.")
+    ] = None,
+    rate: Annotated[
+        float | None, typer.Option(help="Requests per second; the source's own, or 2 (S-LoRA).")
+    ] = None,
+    cv: Annotated[
+        float | None, typer.Option(help="CV of the gaps between arrivals (Gamma); 1 is Poisson.")
+    ] = None,
+    requests: Annotated[int | None, typer.Option(help="Number of requests.")] = None,
+    duration_s: Annotated[
+        float | None,
+        typer.Option(help=f"Instead of --requests: rate × seconds; {DEFAULT_DURATION_S:g} unless told."),
+    ] = None,
+    prompt_range: Annotated[
+        str | None, typer.Option(help="Prompt tokens, uniform in LOW,HIGH without HIGH; S-LoRA's is 8,512.")
+    ] = None,
+    output_range: Annotated[str | None, typer.Option(help="Output tokens, likewise.")] = None,
+    rule: Annotated[
+        Rule | None, typer.Option(help="How adapters are drawn; R1-slora unless told, R1 with --like.")
+    ] = None,
+    adapters: Adapters = 100,
+    zipf_s: Zipf = 0.92,
+    alpha: Alpha = 1.0,
+    ranks: Ranks = "WIDE",
+    rank_order: Order = "interleave",
+    base_share: BaseShare = 0.0,
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
+) -> None:
+    """Make a synthetic trace: S-LoRA's workload, or one like a real trace.
+
+    Gaps are Gamma with shape 1/cv² and scale cv²/rate. Prompt and output lengths are drawn independently.
+    """
+    base = S_LORA if like is None else LIKE[like]
+    workload = Workload(
+        rate_rps=base.rate_rps if rate is None else rate,
+        cv=base.cv if cv is None else cv,
+        prompt=base.prompt if prompt_range is None else _range("--prompt-range", prompt_range),
+        output=base.output if output_range is None else _range("--output-range", output_range),
+    )
+    trace = synthesize(workload, _count(workload.rate_rps, requests, duration_s), seed)
+    if adapters:
+        how = Assignment(
+            rule=rule or ("R1-slora" if like is None else "R1"),
+            adapters=adapters,
+            zipf_s=zipf_s,
+            alpha=alpha,
+            rank_mix=_mix(ranks),
+            rank_order=rank_order,
+            base_share=base_share,
+            seed=seed,
+        )
+        trace = assign(trace, how)
+    _write(trace, out, overwrite)
+
+
+@app.command("assign")
+def assign_command(
+    trace: Annotated[Path, typer.Argument(help="Native trace, plain or gzip.")],
+    out: Out = None,
+    rule: Annotated[
+        Rule,
+        typer.Option(
+            help="R1, R1-slora: by request, which ends prefix reuse; R2: by session, which keeps it."
+        ),
+    ] = "R1",
+    adapters: Adapters = 100,
+    zipf_s: Zipf = 0.92,
+    alpha: Alpha = 1.0,
+    ranks: Ranks = "WIDE",
+    rank_order: Order = "interleave",
+    base_share: BaseShare = 0.0,
+    seed: Seed = 20240607,
+    raw_arrivals: RawArrivals = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Attach an adapter and a rank to every request of a trace, in place of those that it has.
+
+    The draw is by SHA-256 of seed, rule and row number or session: the same on every machine and in any
+    language.
+    """
+    if adapters < 1:
+        raise TraceError("--adapters must be at least 1")
+    how = Assignment(
+        rule=rule,
+        adapters=adapters,
+        zipf_s=zipf_s,
+        alpha=alpha,
+        rank_mix=_mix(ranks),
+        rank_order=rank_order,
+        base_share=base_share,
+        seed=seed,
+    )
+    _write(assign(load(trace, raw_arrivals), how), out, overwrite)
+
+
+@app.command("describe")
+def describe_command(
+    trace: Annotated[Path, typer.Argument(help="Native trace, plain or gzip.")],
+    output_format: Annotated[Format, typer.Option("--format", help="json: one object.")] = "table",
+    raw_arrivals: RawArrivals = False,
+) -> None:
+    """Summarise a trace: load, burstiness, lengths, adapters and how skewed their use is."""
+    summary = describe(load(trace, raw_arrivals))
+    if output_format == "json":
+        typer.echo(json.dumps(summary.to_dict(), indent=2))
+    else:
+        typer.echo("\n".join(table(summary)))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line and return its exit code: 0, 2 for bad input or usage, 130 if interrupted."""
+    try:
+        code = app(arguments, prog_name=PROGRAM, standalone_mode=False)
+    except TraceError as error:
+        return _fail(str(error))
+    except TyperException as error:
+        return _fail(error.format_message())
+    except (KeyboardInterrupt, typer.Abort):
+        return 130
+    except BrokenPipeError:  # the reader of our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return code if isinstance(code, int) else 0
+
+
+def _fail(message: str) -> int:
+    typer.echo(f"error: {' '.join(message.split())}", err=True)
+    return 2
+
+
+def _warn(message: str) -> None:
+    typer.echo(f"warning: {message}", err=True)
+
+
+def _write(trace: Trace, out: Path | None, overwrite: bool) -> None:
+    if out is None:
+        for line in to_lines(trace):
+            sys.stdout.write(f"{line}\n")
+        sys.stdout.flush()
+        return
+    save(trace, out, overwrite=overwrite)
+    typer.echo(f"{out}: {len(trace):,} requests, {len(trace.adapters):,} adapters", err=True)
+
+
+def _mix(text: str) -> tuple[int, ...]:
+    if text in RANK_MIXES:
+        return RANK_MIXES[text]
+    return tuple(_numbers("--ranks", text, f"one of {', '.join(RANK_MIXES)}, or whole numbers"))
+
+
+def _range(option: str, text: str) -> Uniform:
+    numbers = _numbers(option, text, "LOW,HIGH")
+    if len(numbers) != 2:
+        raise TraceError(f"{option} must be LOW,HIGH, not {text}")
+    return Uniform(low=numbers[0], high=numbers[1])
+
+
+def _numbers(option: str, text: str, wanted: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise TraceError(f"{option} must be {wanted}, not {text}") from None
+
+
+def _count(rate_rps: float, requests: int | None, duration_s: float | None) -> int:
+    if requests is not None and duration_s is not None:
+        raise TraceError("--requests and --duration-s exclude each other")
+    if requests is not None:
+        return requests
+    seconds = DEFAULT_DURATION_S if duration_s is None else duration_s
+    if not 0 < seconds <= 1e9:
+        raise TraceError(f"--duration-s must be above 0 and at most 1e9, not {seconds}")
+    return int(rate_rps * seconds)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
