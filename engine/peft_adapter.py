@@ -122,6 +122,8 @@ def pack(adapter: AdapterWeights, layout: AdapterLayout, dtype: torch.dtype) -> 
         scaled = b.to(torch.float32) * adapter.scales[index]
         _write_rows(image, layout, layer, index, "a", a)
         _write_rows(image, layout, layer, index, "b", scaled.T)
+    if not bool(torch.isfinite(image).all()):
+        raise UserError(f"adapter {adapter.spec.name}: weights times alpha / r overflow {dtype}.")
     return image.view(layout.num_pages, layout.geometry.page_elems)
 
 
