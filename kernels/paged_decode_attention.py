@@ -29,7 +29,9 @@ from kernels.checks import (
 )
 
 LOG2_E = 1.4426950408889634
-BLOCK_N = 64  # KV tokens an iteration: 16 KB of K and as much of V at D = 128 in bf16.
+# One iteration takes 8,192 elements of K and as many of V (64 tokens at D = 128: 32 KB in bf16). Three stages keep two
+# such blocks on their way; three programs then fill the shared memory of a multiprocessor (72 KB each).
+BLOCK_ELEMS = 8192
 NUM_STAGES = 3
 NUM_WARPS = 4
 COMBINE_BLOCK = 32
@@ -81,32 +83,36 @@ def _decode_kernel(
         )
         keys = pool + layer_offset + kv_head * (PAGE_TOKENS * HEAD_DIM)
         top = tl.full((GROUP_PAD,), float("-inf"), tl.float32)
-        total = tl.zeros((GROUP_PAD,), tl.float32)
+        total = tl.zeros((GROUP_PAD, BLOCK_N), tl.float32)  # Summed over its columns once an item, not once a block.
         sums = tl.zeros((GROUP_PAD, HEAD_DIM), tl.float32)
+        # Past the end the last token is read again, so loads need no mask and meet no unwritten memory. The page ids
+        # of a block are loaded one iteration ahead, so that K and V wait for no other load.
+        token = kv_start + tl.arange(0, BLOCK_N)
+        page = tl.load(pages + tl.minimum(token, kv_end - 1) // PAGE_TOKENS)
         for start in range(kv_start, kv_end, BLOCK_N):
             token = start + tl.arange(0, BLOCK_N)
-            # Past the end the last token is read again, so loads need no mask and meet no unwritten memory.
-            read = tl.minimum(token, kv_end - 1)
-            page = tl.load(pages + read // PAGE_TOKENS).to(tl.int64)
-            place = (page * page_elems + (read % PAGE_TOKENS) * HEAD_DIM)[:, None] + column[None, :]
+            slot = tl.minimum(token, kv_end - 1) % PAGE_TOKENS
+            place = (page.to(tl.int64) * page_elems + slot * HEAD_DIM)[:, None] + column[None, :]
+            page = tl.load(pages + tl.minimum(token + BLOCK_N, kv_end - 1) // PAGE_TOKENS)
             key = tl.load(keys + place)
             scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale_log2
             scores = tl.where((token < kv_end)[None, :], scores, float("-inf"))
             new_top = tl.maximum(top, tl.max(scores, axis=1))
             weight = tl.exp2(scores - new_top[:, None])
-            fade = tl.exp2(top - new_top)
-            total = total * fade + tl.sum(weight, axis=1)
+            fade = tl.exp2(top - new_top)[:, None]
+            total = total * fade + weight
             value = tl.load(keys + NUM_KV_HEADS * PAGE_TOKENS * HEAD_DIM + place)
-            sums = tl.dot(weight.to(value.dtype), value, sums * fade[:, None], input_precision="ieee")
+            sums = tl.dot(weight.to(value.dtype), value, sums * fade, input_precision="ieee")
             top = new_top
-        result = sums / total[:, None]
+        weight_sum = tl.sum(total, axis=1)
+        result = sums / weight_sum[:, None]
         if part < 0:
             ptrs = out + row * (NUM_HEADS * HEAD_DIM) + head[:, None] * HEAD_DIM + column[None, :]
             tl.store(ptrs, result.to(out.dtype.element_ty), mask=is_member[:, None])
         else:
             sink = part * NUM_HEADS + head
             tl.store(partial + sink[:, None] * HEAD_DIM + column[None, :], result, mask=is_member[:, None])
-            tl.store(partial_lse + sink, (top + tl.log2(total)) * LN_2, mask=is_member)
+            tl.store(partial_lse + sink, (top + tl.log2(weight_sum)) * LN_2, mask=is_member)
 
 
 @triton.jit
@@ -234,9 +240,9 @@ def paged_decode_attention(
         GROUP_PAD=max(16, triton.next_power_of_2(group)),
         HEAD_DIM=head_dim,
         PAGE_TOKENS=page_tokens,
-        BLOCK_N=BLOCK_N,
+        BLOCK_N=min(128, BLOCK_ELEMS // head_dim),
         num_warps=NUM_WARPS,
-        num_stages=NUM_STAGES,
+        num_stages=1 if q.dtype == torch.float32 else NUM_STAGES,  # fp32 blocks would not fit shared memory thrice.
     )
     _combine_kernel[(num_programs,)](
         combine,

@@ -51,12 +51,14 @@ def _attend(
     """Take KV tokens begin … end − 1 (in whole blocks) into the running sums, sum of weights and maximum of
     each row."""
     column = tl.arange(0, HEAD_DIM)
+    # Past the end the last token is read again, so loads need no mask and meet no unwritten memory. The page ids of a
+    # block are loaded one iteration ahead, so that K and V wait for no other load.
+    page = tl.load(pages + tl.minimum(begin + tl.arange(0, BLOCK_N), last) // PAGE_TOKENS)
     for start in range(begin, end, BLOCK_N):
         token = start + tl.arange(0, BLOCK_N)
-        # Past the end the last token is read again, so loads need no mask and meet no unwritten memory.
-        read = tl.minimum(token, last) if MASKED else token
-        page = tl.load(pages + read // PAGE_TOKENS).to(tl.int64)
-        place = (page * page_elems + (read % PAGE_TOKENS) * HEAD_DIM)[:, None] + column[None, :]
+        slot = (tl.minimum(token, last) if MASKED else token) % PAGE_TOKENS
+        place = (page.to(tl.int64) * page_elems + slot * HEAD_DIM)[:, None] + column[None, :]
+        page = tl.load(pages + tl.minimum(token + BLOCK_N, last) // PAGE_TOKENS)
         key = tl.load(keys + place)
         scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale_log2
         if MASKED:
@@ -201,6 +203,6 @@ def paged_prefill_attention(
         BLOCK_Q=block_q,
         BLOCK_N=BLOCK_N,
         num_warps=8 if block_m >= 128 else 4,
-        num_stages=NUM_STAGES,
+        num_stages=1 if q.dtype == torch.float32 else NUM_STAGES,
     )
     return out
