@@ -1,0 +1,345 @@
+"""LoRA shrink and expand against their references, the references against dense fp32, and the work lists."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from tests.kernels.tolerances import assert_close, relative_error
+
+from kernels.lora_expand import lora_expand_
+from kernels.lora_expand_ref import lora_expand_ref_
+from kernels.lora_launch import ExpandTuning, ShrinkTuning, lora_launch_config
+from kernels.lora_pack import pack_random
+from kernels.lora_plan import (
+    GROUPS,
+    MODULES,
+    TILE_COLUMNS,
+    bridge_width,
+    max_shrink_items,
+    max_tiles,
+    plan_lora,
+)
+from kernels.lora_shrink import lora_shrink
+from kernels.lora_shrink_ref import lora_shrink_ref
+
+# q, k, v, o, gate, up, down: no dimension a multiple of a kernel block, some rows not of 128 bytes.
+ODD = ((96, 160), (96, 40), (96, 40), (160, 96), (96, 200), (96, 200), (200, 96))
+ROUND = ((128, 128), (128, 64), (128, 64), (128, 128), (128, 256), (128, 256), (256, 128))
+RANKS = (
+    (1, 1, 1, 1, 1, 1, 1),
+    (3, 0, 17, 0, 8, 3, 16),
+    (16, 16, 16, 16, 16, 16, 16),
+    (0, 0, 0, 0, 0, 0, 8),
+    (64, 8, 3, 17, 0, 64, 1),
+    (0, 256, 0, 64, 256, 0, 17),
+)
+BASE = -1  # slot of rows without adapter
+NUM_LAYERS = 2
+
+
+class Batch:
+    """Segments of adapters with everything that the kernels are given."""
+
+    def __init__(
+        self,
+        target,
+        segments,
+        *,
+        tile_tokens=16,
+        shapes=ODD,
+        ranks=RANKS,
+        rank_block=16,
+        padding=2,
+        poison=True,
+    ):
+        self.device, self.dtype = target
+        self.shapes, self.segments, self.tile_tokens = shapes, segments, tile_tokens
+        self.packed = pack_random(
+            ranks,
+            shapes=shapes,
+            num_layers=NUM_LAYERS,
+            dtype=self.dtype,
+            device=self.device,
+            page_bytes=16384,
+            poison=poison,
+        )
+        slots = np.array([slot for slot, _ in segments], np.int32)
+        counts = np.array([count for _, count in segments], np.int32)
+        starts = (np.cumsum(counts) - counts).astype(np.int32)
+        self.tokens = int(counts.sum()) + padding
+        max_rank = max(max(r) for r in ranks)
+        capacity = max_tiles(self.tokens, max(1, len(segments)), tile_tokens)
+        tiles = np.full((capacity, TILE_COLUMNS), 2**31 - 1, np.int32)
+        items = np.full((4, max_shrink_items(capacity, max_rank, rank_block), 2), 2**31 - 1, np.int32)
+        num_tiles, num_items = plan_lora(
+            slots, starts, counts, self.packed.adapter_meta, tile_tokens=tile_tokens, tiles_out=tiles, shrink_items_out=items,
+            rank_blocks=(rank_block,) * 4,
+        )  # fmt: skip
+        put = lambda array: torch.as_tensor(array, dtype=torch.int32).to(self.device)  # noqa: E731
+        self.tiles, self.num_tiles = put(tiles), put([num_tiles])
+        self.items, self.num_items = put(items), put(num_items)
+        generator = torch.Generator().manual_seed(1)
+        self.scales = (torch.rand(len(ranks), 7, generator=generator) + 0.5).to(self.device)
+        self.width = bridge_width(max_rank)
+        self.generator = generator
+
+    def normal(self, *shape, scale=1.0):
+        return (torch.randn(*shape, generator=self.generator) * scale).to(self.device, self.dtype)
+
+    def poisoned_bridge(self, splits):
+        return torch.full((splits, self.tokens, self.width), float("nan"), device=self.device)
+
+    def widths(self, group):
+        return [self.shapes[m][1] for m in range(*GROUPS[group])]
+
+    def run(self, group, layer, splits=2, num_programs=5, shrink=None, expand=None, reference=False):
+        """Shrink and expand one group; return (x, y before, bridge, y after)."""
+        x = self.normal(self.tokens, self.shapes[GROUPS[group][0]][0])
+        before = self.normal(self.tokens, sum(self.widths(group)), scale=0.1)
+        common = dict(
+            group=group, layer=layer, tile_tokens=self.tile_tokens, splits=splits, num_programs=num_programs
+        )
+        down, up = (lora_shrink_ref, lora_expand_ref_) if reference else (lora_shrink, lora_expand_)
+        bridge = self.poisoned_bridge(splits)
+        down(
+            x,
+            self.packed.pool,
+            self.tiles,
+            self.num_tiles,
+            self.items,
+            self.num_items,
+            bridge,
+            tuning=shrink,
+            **common,
+        )
+        y = before.clone()
+        up(
+            y, bridge, self.scales, self.packed.pool, self.tiles, self.num_tiles,
+            widths=self.widths(group), tuning=expand, **common,
+        )  # fmt: skip
+        return x, before, bridge, y
+
+    def dense(self, group, layer, x, before):
+        """Expected y in fp32 by dense matrices, and which rows have an adapter."""
+        y, adapted, row = before.float().cpu().clone(), torch.zeros(self.tokens, dtype=torch.bool), 0
+        x = x.float().cpu()
+        for slot, count in self.segments:
+            rows, column = slice(row, row + count), 0
+            row += count
+            for module in range(*GROUPS[group]):
+                width = self.shapes[module][1]
+                if slot != BASE and self.packed.ranks[slot][module]:
+                    a = self.packed.a(slot, layer, module).float().cpu()
+                    b = self.packed.b(slot, layer, module).float().cpu()
+                    y[rows, column : column + width] += self.scales[slot, module].cpu() * (x[rows] @ a.T @ b)
+                    adapted[rows] = True
+                column += width
+        return y, adapted
+
+    def check(self, group, layer, **options):
+        x, before, bridge, y = self.run(group, layer, **options)
+        expected, adapted = self.dense(group, layer, x, before)
+        assert_close(y, expected, self.dtype)
+        update, expected_update = (
+            (y.float() - before.float())[adapted],
+            (expected - before.float().cpu())[adapted],
+        )
+        assert (
+            relative_error(update, expected_update)
+            < {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[self.dtype]
+        )
+        assert torch.equal(y[~adapted], before[~adapted])
+        without_tile = [t for t in range(self.tokens) if not self._has_tile(t)]
+        assert bridge[:, without_tile].isnan().all()
+        return bridge
+
+    def _has_tile(self, token):
+        row = 0
+        for slot, count in self.segments:
+            if row <= token < row + count:
+                return slot != BASE
+            row += count
+        return False
+
+
+MIX = [(0, 1), (1, 5), (BASE, 3), (2, 1), (3, 0), (4, 19), (BASE, 1), (5, 2), (3, 1), (4, 1), (1, 1)]
+
+
+@pytest.mark.parametrize(
+    ("shapes", "group"),
+    [(ODD, 0), (ODD, 1), (ODD, 2), (ODD, 3), (ROUND, 0), (ROUND, 3)],
+    ids=["odd-qkv", "odd-o", "odd-gate_up", "odd-down", "round-qkv", "round-down"],
+)
+def test_a_mixed_batch(target, group, shapes):
+    Batch(target, MIX, shapes=shapes).check(group, layer=1)
+
+
+@pytest.mark.parametrize("group", range(4))
+def test_the_reference_against_dense_matrices(target, group):
+    batch = Batch(target, MIX)
+    for layer in range(NUM_LAYERS):
+        batch.check(group, layer, reference=True)
+
+
+@pytest.mark.parametrize("tile_tokens", [32, 64])
+def test_large_tiles_and_rank_blocks(target, tile_tokens):
+    batch = Batch(target, [(2, 70), (BASE, 2), (4, 33), (1, 1)], tile_tokens=tile_tokens, rank_block=64)
+    for group in (0, 2):
+        batch.check(
+            group,
+            0,
+            shrink=ShrinkTuning(rank_block=64, block_k=32),
+            expand=ExpandTuning(item_n=64, block_n=32),
+        )
+
+
+@pytest.mark.parametrize("splits", [1, 3, 7])
+def test_splits(target, splits):
+    Batch(target, MIX).check(3, 0, splits=splits, num_programs=64, shrink=ShrinkTuning(block_k=16, row_k=16))
+
+
+def test_one_token(target):
+    for slot, groups in ((1, (0, 2)), (3, (0, 3)), (4, (0, 1))):
+        batch = Batch(target, [(slot, 1)], padding=0)
+        for group in groups:
+            batch.check(group, 1)
+
+
+@pytest.mark.parametrize(
+    "segments", [[], [(BASE, 4)], [(1, 0)], [(BASE, 2), (0, 0)]], ids=["none", "base", "empty", "both"]
+)
+def test_no_work_leaves_everything(target, segments):
+    batch = Batch(target, segments)
+    for group in range(4):
+        _, before, bridge, y = batch.run(group, 0)
+        assert torch.equal(y, before)
+        assert bridge.isnan().all()
+
+
+def test_kernel_equals_reference_by_plane_sum(target):
+    batch = Batch(target, MIX)
+    batch.generator.manual_seed(5)
+    _, _, bridge, _ = batch.run(2, 0)
+    batch.generator.manual_seed(5)
+    _, _, expected, _ = batch.run(2, 0, reference=True)
+    assert torch.equal(bridge[0].isnan(), expected[0].isnan())
+    written = ~bridge[0].isnan()
+    assert_close(bridge.sum(0)[written], expected.sum(0)[written], batch.dtype)
+
+
+def test_the_engine_launch_configuration(target):
+    for tokens in (1, 200):
+        for group in (0, 3):
+            launch = lora_launch_config(tokens, 16, group, in_features=ROUND[GROUPS[group][0]][0])
+            batch = Batch(
+                target,
+                [(2, 1), (4, 20)],
+                tile_tokens=launch.tile_tokens,
+                shapes=ROUND,
+                rank_block=launch.shrink.rank_block,
+            )
+            batch.check(
+                group, 0, splits=launch.splits, num_programs=3, shrink=launch.shrink, expand=launch.expand
+            )
+
+
+def test_arguments_are_checked(target):
+    batch = Batch(target, [(0, 1)])
+    x, y = batch.normal(batch.tokens, 96), batch.normal(batch.tokens, 240)
+    shrink = dict(
+        x=x, pool=batch.packed.pool, tiles=batch.tiles, num_tiles=batch.num_tiles, shrink_items=batch.items,
+        num_shrink_items=batch.num_items, bridge=batch.poisoned_bridge(2), group=0, layer=0, tile_tokens=16, splits=2, num_programs=4,
+    )  # fmt: skip
+    wrong = dict(
+        x=x.t(), pool=batch.packed.pool.t(), tiles=batch.tiles.long(), num_tiles=batch.num_tiles.repeat(2), shrink_items=batch.items[0],
+        num_shrink_items=batch.num_items[:2], bridge=batch.poisoned_bridge(1), group=4, layer=-1, tile_tokens=8, splits=0, num_programs=0,
+    )  # fmt: skip
+    for name, value in wrong.items():
+        with pytest.raises(ValueError, match=name):
+            lora_shrink(**{**shrink, name: value})
+    expand = {k: v for k, v in shrink.items() if k not in ("x", "shrink_items", "num_shrink_items")}
+    expand |= dict(y=y, scales=batch.scales, widths=[160, 40, 40])
+    for name, value in dict(
+        y=y[:, :200], scales=batch.scales.double(), widths=[160, 40], bridge=batch.poisoned_bridge(2)[:, :1]
+    ).items():
+        with pytest.raises(ValueError, match=name):
+            lora_expand_(**{**expand, name: value})
+
+
+def plan(segments, meta, tile_tokens=16, tiles=64, items=512, **options):
+    tiles_out, items_out = np.full((tiles, TILE_COLUMNS), -7, np.int32), np.full((4, items, 2), -7, np.int32)
+    slots, starts, counts = (np.array(column, np.int32) for column in zip(*segments, strict=True))
+    numbers = plan_lora(
+        slots,
+        starts,
+        counts,
+        meta,
+        tile_tokens=tile_tokens,
+        tiles_out=tiles_out,
+        shrink_items_out=items_out,
+        **options,
+    )
+    return tiles_out, items_out, *numbers
+
+
+def meta_of(*ranks):
+    meta = np.zeros((len(ranks), TILE_COLUMNS), np.int32)
+    for slot, seven in enumerate(ranks):
+        meta[slot] = [1000 + slot, 0, 0, slot, *seven, *([0] * 5)]
+    return meta
+
+
+def test_plan_cuts_segments_into_tiles():
+    meta = meta_of([16] * 7, [0, 0, 0, 0, 0, 0, 17])
+    tiles, items, num_tiles, num_items = plan([(BASE, 0, 3), (0, 3, 17), (1, 20, 2), (0, 22, 0)], meta)
+    assert num_tiles == 3
+    assert tiles[:3, :5].tolist() == [[1000, 3, 16, 0, 16], [1000, 19, 1, 0, 16], [1001, 20, 2, 1, 0]]
+    assert (tiles[3:] == -7).all()
+    assert num_items == [6, 2, 4, 4]
+    assert items[0, :6].tolist() == [[0, 0], [0, 1], [0, 2], [1, 0], [1, 1], [1, 2]]
+    assert items[3, :4].tolist() == [[0, 0], [1, 0], [2, 0], [2, 1]]
+    assert (items[3, 4:] == -7).all()
+
+
+def test_plan_takes_wider_rank_blocks():
+    _, items, _, num_items = plan([(0, 0, 1)], meta_of([64] * 7), rank_blocks=(64, 16, 128, 32))
+    assert num_items == [3, 4, 1, 2]
+    assert items[0, :3].tolist() == [[0, 0], [0, 1], [0, 2]]
+
+
+def test_plan_refuses_what_does_not_fit():
+    meta = meta_of([16] * 7)
+    with pytest.raises(ValueError, match="tiles_out"):
+        plan([(0, 0, 33)], meta, tiles=2)
+    with pytest.raises(ValueError, match="shrink_items_out"):
+        plan([(0, 0, 33)], meta, items=8)
+
+
+def test_capacities_hold_any_batch():
+    random = np.random.default_rng(0)
+    for _ in range(200):
+        rows, segments, tile_tokens = (
+            int(random.integers(1, 300)),
+            int(random.integers(1, 40)),
+            int(random.choice([16, 32, 64])),
+        )
+        cuts = np.sort(random.integers(0, rows + 1, segments - 1))
+        counts = np.diff(np.concatenate([[0], cuts, [rows]]))
+        ranks = random.integers(0, 33, (segments, 7))
+        capacity = max_tiles(rows, segments, tile_tokens)
+        plan(
+            [(i, 0, c) for i, c in enumerate(counts)],
+            meta_of(*ranks),
+            tile_tokens,
+            capacity,
+            max_shrink_items(capacity, 32),
+        )
+
+
+def test_launch_tiles_are_the_same_for_all_groups():
+    for tokens in (1, 32, 128, 129, 1024, 8192):
+        for rank in (8, 16, 64, 256):
+            assert len({lora_launch_config(tokens, rank, group).tile_tokens for group in range(4)}) == 1
+    assert len(MODULES) == GROUPS[-1][1]
+    assert replace(lora_launch_config(1, 16, 0), splits=1).splits == 1
