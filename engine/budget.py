@@ -15,7 +15,7 @@ from engine.model_shape import ModelShape
 
 # CUDA context, cuBLAS and Triton workspaces, captured graphs. Measured, see docs/log.md.
 RUNTIME_BYTES = 4 * 2**30
-ATTENTION_PARTIAL_ROWS = 2048  # rows of the split-K attention's partial results
+ATTENTION_PARTIAL_ROWS = 256  # most rows of partial results of the split-K attention in one step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,7 +107,7 @@ def activation_bytes(config: ServingConfig, model: ModelShape) -> int:
     row = (outs + ins + 5 * model.hidden_size) * config.itemsize_bytes
     logits = min(config.max_num_seqs, tokens) * model.vocab_size * (config.itemsize_bytes + 4)
     partials = ATTENTION_PARTIAL_ROWS * model.heads_per_rank(config.tp) * (model.head_dim + 1) * 4
-    bridge = 3 * 256 * 4 * max(tokens, 8 * 256)
+    bridge = 3 * 256 * 4 * max(8 * tokens, 28 * 128)  # splits × rows × the ranks of a group × fp32
     return tokens * row + logits + partials + bridge
 
 

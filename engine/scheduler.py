@@ -197,14 +197,18 @@ class Scheduler:
     # ---- planning ----
 
     def schedule(self, now_s: float) -> Step | None:
-        """Plan the next step; None when nothing can run now (all wait for a load, a completion or an arrival)."""
+        """Plan the next step; None when nothing can run now (all wait for a load, a completion or an arrival).
+
+        A plan that had to preempt admits nobody: what the victims' pages and last tokens are is sure only when the step in flight has completed.
+        """
         self._preempted_in_step = None
         step = Step(index=self._next_step, shape=StepShape())
         decode_rows = self._plan_decodes(step)
         budget = self.limits.max_num_batched_tokens - decode_rows
         budget = self._continue_prefills(step, budget)
-        self._admit(step, budget, now_s)
-        self._changed = False
+        if self._preempted_in_step is None:
+            self._admit(step, budget, now_s)
+            self._changed = False
         if not decode_rows and not step.prefills:
             self._steady = False
             self._preserve_changes(step)

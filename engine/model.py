@@ -1,0 +1,222 @@
+"""The forward pass of a Llama-like decoder over the paged pool, with LoRA added after every base product.
+
+One pass takes a batch of decode rows and prefill chunks and leaves the next tokens on the device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from engine.batch import DeviceBatch
+from engine.budget import ATTENTION_PARTIAL_ROWS
+from engine.config import ServingConfig
+from engine.layout import PageGeometry
+from engine.model_shape import GROUPS, ModelShape
+from engine.ops import Ops
+from engine.rotary import cos_sin_table
+from engine.weights import ModelWeights
+from kernels.lora_plan import bridge_width
+
+ATTENTION_PROGRAMS = 132 * 3  # fills an H200 at head_dim 128
+
+
+@dataclass(slots=True)
+class Buffers:
+    """Device memory that all steps share.
+
+    pool [num_pages, page_elems]; page_table [max_num_seqs + 1, max_pages_per_seq] int32; last_token [max_num_seqs + 1] int64;
+    scales [adapters, 7] fp32; bridge [planes · rows · width] fp32, cut to shape by each group.
+    """
+
+    pool: torch.Tensor
+    page_table: torch.Tensor
+    last_token: torch.Tensor
+    scales: torch.Tensor
+    bridge: torch.Tensor
+    partial: torch.Tensor
+    partial_lse: torch.Tensor
+
+
+class Model:
+    """A base model on one GPU. `forward` is free of host synchronisation and of shapes that depend on data, so it can be captured."""
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        config: ServingConfig,
+        geometry: PageGeometry,
+        weights: ModelWeights,
+        ops: Ops,
+        buffers: Buffers,
+        max_rank: int,
+    ) -> None:
+        self.shape = shape
+        self.weights = weights
+        self.buffers = buffers
+        self.ops = ops
+        self.geometry = geometry
+        self.num_heads = shape.heads_per_rank(config.tp)
+        self.num_kv_heads = shape.kv_heads_per_rank(config.tp)
+        self.max_rank = max_rank
+        self.cos_sin = cos_sin_table(shape, config.max_model_len).to(buffers.pool.device)
+        linears = shape.linear_shapes(config.tp)
+        self.widths = tuple(tuple(linears[module][0] for module in group) for group in GROUPS)
+
+    def forward(self, batch: DeviceBatch) -> torch.Tensor:
+        """Run one step; return the sampled tokens [sample rows] int64, which also become their sequences' last tokens."""
+        ops, weights, eps, views = self.ops, self.weights, self.shape.rms_norm_eps, batch.views
+        ids = torch.empty_like(views["host_tokens"])
+        ops.gather_tokens(views["host_tokens"], self.buffers.last_token, views["sequence_slots"], out=ids)
+        residual = F.embedding(ids, weights.embed)
+        x = ops.rms_norm(residual, weights.layers[0].input_norm, eps)
+        for index, layer in enumerate(weights.layers):
+            qkv = self._linear(batch, index, 0, x, layer.qkv, layer.qkv_bias)
+            attended = self._attention(batch, index, qkv)
+            x = self._linear(batch, index, 1, attended, layer.o)
+            x = ops.add_rms_norm_(x, residual, layer.post_norm, eps)
+            x = ops.silu_mul(self._linear(batch, index, 2, x, layer.gate_up))
+            x = self._linear(batch, index, 3, x, layer.down)
+            last = index + 1 == len(weights.layers)
+            norm = weights.norm if last else weights.layers[index + 1].input_norm
+            x = ops.add_rms_norm_(x, residual, norm, eps)
+        return self._sample(batch, x)
+
+    def _linear(
+        self,
+        batch: DeviceBatch,
+        layer: int,
+        group: int,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return x · Wᵀ (+ bias) with each row's adapter added."""
+        y = F.linear(x, weight, bias)
+        if not batch.with_lora:
+            return y
+        launch, views, buffers = batch.layout.lora[group], batch.views, self.buffers
+        width = bridge_width(self.max_rank)
+        planes = launch.splits * len(x) * width
+        bridge = buffers.bridge[:planes].view(launch.splits, len(x), width)
+        self.ops.lora_shrink(
+            x,
+            buffers.pool,
+            views["tiles"],
+            views["num_tiles"],
+            views["shrink_items"],
+            views["num_shrink_items"],
+            bridge,
+            group=group,
+            layer=layer,
+            tile_tokens=launch.tile_tokens,
+            splits=launch.splits,
+            num_programs=launch.shrink_programs,
+            tuning=launch.shrink,
+        )
+        self.ops.lora_expand_(
+            y,
+            bridge,
+            buffers.scales,
+            buffers.pool,
+            views["tiles"],
+            views["num_tiles"],
+            group=group,
+            layer=layer,
+            widths=self.widths[group],
+            tile_tokens=launch.tile_tokens,
+            splits=launch.splits,
+            num_programs=launch.expand_programs,
+            tuning=launch.expand,
+        )
+        return y
+
+    def _attention(self, batch: DeviceBatch, layer: int, qkv: torch.Tensor) -> torch.Tensor:
+        views, buffers, geometry = batch.views, self.buffers, self.geometry
+        common = {
+            "layer": layer,
+            "num_layers": self.shape.num_layers,
+            "num_kv_heads": self.num_kv_heads,
+            "head_dim": self.shape.head_dim,
+            "page_tokens": geometry.page_tokens,
+        }
+        self.ops.rotary_write_kv_(
+            qkv,
+            self.cos_sin,
+            views["positions"],
+            views["sequence_slots"],
+            buffers.page_table,
+            buffers.pool,
+            num_heads=self.num_heads,
+            **common,
+        )
+        rows = len(qkv)
+        queries = self.num_heads * self.shape.head_dim
+        q = qkv[:, :queries].view(rows, self.num_heads, self.shape.head_dim)
+        out = torch.empty(rows, queries, dtype=qkv.dtype, device=qkv.device)
+        self.ops.paged_decode_attention(
+            q,
+            buffers.pool,
+            buffers.page_table,
+            views["sequence_slots"],
+            views["decode_items"],
+            views["num_decode_items"],
+            views["combine"],
+            views["num_combine"],
+            buffers.partial,
+            buffers.partial_lse,
+            out,
+            num_programs=ATTENTION_PROGRAMS,
+            **common,
+        )
+        if not batch.decode_only:
+            self.ops.paged_prefill_attention(
+                q,
+                buffers.pool,
+                buffers.page_table,
+                views["prefill_items"],
+                views["num_prefill_items"],
+                out,
+                block_q=batch.layout.block_q,
+                num_programs=ATTENTION_PROGRAMS,
+                **common,
+            )
+        return out
+
+    def _sample(self, batch: DeviceBatch, x: torch.Tensor) -> torch.Tensor:
+        rows = x.index_select(0, batch.views["sample_rows"])
+        tokens = torch.argmax(self.logits(rows), dim=-1)
+        self.buffers.last_token.index_copy_(0, batch.views["sample_slots"].long(), tokens)
+        return tokens
+
+    def logits(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return the logits [rows, vocabulary] of normalised hidden rows [rows, H]."""
+        return F.linear(rows, self.weights.lm_head)
+
+
+def new_buffers(
+    config: ServingConfig,
+    shape: ModelShape,
+    geometry: PageGeometry,
+    *,
+    num_pages: int,
+    num_adapters: int,
+    bridge_elems: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Buffers:
+    """Allocate the shared device memory; the page table's last row and the last token's last entry belong to padding."""
+    heads = shape.heads_per_rank(config.tp)
+    rows = config.max_num_seqs + 1
+    pages_per_seq = -(-config.max_model_len // config.page_tokens)
+    return Buffers(
+        pool=torch.zeros(num_pages, geometry.page_elems, dtype=dtype, device=device),
+        page_table=torch.zeros(rows, pages_per_seq, dtype=torch.int32, device=device),
+        last_token=torch.zeros(rows, dtype=torch.int64, device=device),
+        scales=torch.ones(max(1, num_adapters), 7, dtype=torch.float32, device=device),
+        bridge=torch.zeros(max(1, bridge_elems), dtype=torch.float32, device=device),
+        partial=torch.zeros(ATTENTION_PARTIAL_ROWS, heads, shape.head_dim, dtype=torch.float32, device=device),
+        partial_lse=torch.zeros(ATTENTION_PARTIAL_ROWS, heads, dtype=torch.float32, device=device),
+    )

@@ -1,0 +1,79 @@
+"""The operations of a step, by backend: Triton kernels, or their plain PyTorch references. Chosen once, never switched in silence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from engine.config import Backend
+
+Op = Callable[..., Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ops:
+    """One function an operation; the signatures are those of `kernels/`."""
+
+    gather_tokens: Op
+    rms_norm: Op
+    add_rms_norm_: Op
+    silu_mul: Op
+    rotary_write_kv_: Op
+    paged_decode_attention: Op
+    paged_prefill_attention: Op
+    lora_shrink: Op
+    lora_expand_: Op
+
+
+def ops_for(backend: Backend) -> Ops:
+    """Return the operations of a backend. The reference one imports no Triton."""
+    if backend == "reference":
+        return _reference_ops()
+    return _triton_ops()
+
+
+def _triton_ops() -> Ops:
+    from kernels.gather_tokens import gather_tokens
+    from kernels.lora_expand import lora_expand_
+    from kernels.lora_shrink import lora_shrink
+    from kernels.paged_decode_attention import paged_decode_attention
+    from kernels.paged_prefill_attention import paged_prefill_attention
+    from kernels.rms_norm import add_rms_norm_, rms_norm
+    from kernels.rotary_write_kv import rotary_write_kv_
+    from kernels.silu_mul import silu_mul
+
+    return Ops(
+        gather_tokens=gather_tokens,
+        rms_norm=rms_norm,
+        add_rms_norm_=add_rms_norm_,
+        silu_mul=silu_mul,
+        rotary_write_kv_=rotary_write_kv_,
+        paged_decode_attention=paged_decode_attention,
+        paged_prefill_attention=paged_prefill_attention,
+        lora_shrink=lora_shrink,
+        lora_expand_=lora_expand_,
+    )
+
+
+def _reference_ops() -> Ops:
+    from kernels.gather_tokens_ref import gather_tokens
+    from kernels.lora_expand_ref import lora_expand_ref_
+    from kernels.lora_shrink_ref import lora_shrink_ref
+    from kernels.paged_decode_attention_ref import paged_decode_attention
+    from kernels.paged_prefill_attention_ref import paged_prefill_attention
+    from kernels.rms_norm_ref import add_rms_norm_, rms_norm
+    from kernels.rotary_write_kv_ref import rotary_write_kv_
+    from kernels.silu_mul_ref import silu_mul
+
+    return Ops(
+        gather_tokens=gather_tokens,
+        rms_norm=rms_norm,
+        add_rms_norm_=add_rms_norm_,
+        silu_mul=silu_mul,
+        rotary_write_kv_=rotary_write_kv_,
+        paged_decode_attention=paged_decode_attention,
+        paged_prefill_attention=paged_prefill_attention,
+        lora_shrink=lora_shrink_ref,
+        lora_expand_=lora_expand_ref_,
+    )

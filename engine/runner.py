@@ -1,0 +1,250 @@
+"""Runs planned steps: builds the batch, sends it in one copy, replays a CUDA graph (or runs eagerly), and fetches the sampled tokens.
+
+On a CPU the same steps run eagerly and at once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from engine.adapter_memory import AdapterLoader, HostStore
+from engine.batch import BatchLayout, BatchLimits, DeviceBatch, PageUpdates, batch_layout
+from engine.batch_builder import BatchBuilder, SampledRows
+from engine.blueprint import Blueprint
+from engine.errors import UserError
+from engine.graph_sizes import graph_sizes, padded_tokens
+from engine.model import ATTENTION_PROGRAMS, Model, new_buffers
+from engine.model_shape import GROUPS
+from engine.ops import ops_for
+from engine.scheduler import Sequence
+from engine.step import Load, Step
+from engine.weights import ModelWeights
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+RING = 3  # host buffers: one being written, one on the GPU, one whose tokens are being fetched
+
+
+@dataclass(slots=True)
+class _HostBuffers:
+    """Pinned memory of one step in flight."""
+
+    metadata: torch.Tensor
+    tokens: torch.Tensor
+
+
+@dataclass(slots=True)
+class InFlight:
+    """A launched step; `wait` ends it."""
+
+    step: Step
+    sampled: SampledRows
+    host: _HostBuffers
+    launched_s: float
+    started: torch.cuda.Event | None
+    ended: torch.cuda.Event | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GraphKey:
+    """Which captured graph a step runs: padded tokens, without prefill chunks, with adapters."""
+
+    tokens: int
+    decode_only: bool
+    with_lora: bool
+
+
+class Runner:
+    """One rank of a replica: device memory, model, adapters and graphs."""
+
+    def __init__(self, blueprint: Blueprint, weights: ModelWeights, device: torch.device, *, seed: int = 0) -> None:
+        config = blueprint.config
+        if config.tp != 1:
+            raise UserError(f"tp={config.tp}: the engine runs tp=1; tensor parallelism is not built yet")
+        self.blueprint = blueprint
+        self.device = device
+        self.dtype = DTYPES[config.dtype]
+        self._limits = _limits_of(blueprint)
+        self._layouts: dict[int, BatchLayout] = {}
+        most_tokens = max(config.max_num_batched_tokens, config.graph_max_tokens)
+        bridge = self._bridge_elems(most_tokens)
+        self.buffers = new_buffers(
+            config,
+            blueprint.model,
+            blueprint.geometry,
+            num_pages=blueprint.memory.num_pages,
+            num_adapters=len(blueprint.adapters),
+            bridge_elems=bridge,
+            device=device,
+            dtype=self.dtype,
+        )
+        self.model = Model(
+            blueprint.model, config, blueprint.geometry, weights, ops_for(config.backend), self.buffers, self._limits.max_rank
+        )
+        self.store = HostStore(blueprint, self.dtype, device, seed=seed)
+        self.loader = AdapterLoader(
+            self.store, self.buffers, len(blueprint.adapters), blueprint.geometry.units_per_page
+        )
+        self._builder = BatchBuilder(
+            max_num_seqs=config.max_num_seqs,
+            max_pages_per_seq=self.buffers.page_table.shape[1],
+            page_tokens=config.page_tokens,
+            attention_items=max(1, ATTENTION_PROGRAMS // blueprint.model.kv_heads_per_rank(config.tp)),
+            adapter_meta=self.loader.adapter_meta,
+        )
+        pin = device.type == "cuda"
+        updates = 2 * config.max_num_seqs * self.buffers.page_table.shape[1]
+        metadata = self._layout(most_tokens).size
+        self._device_metadata = torch.zeros(metadata, dtype=torch.int32, device=device)
+        self._device_updates = torch.zeros(updates, dtype=torch.int32, device=device)
+        self._host = [
+            _HostBuffers(
+                torch.zeros(metadata + updates, dtype=torch.int32, pin_memory=pin),
+                torch.zeros(config.max_num_seqs, dtype=torch.int64, pin_memory=pin),
+            )
+            for _ in range(RING)
+        ]
+        self._turn = 0
+        self._graphs: dict[GraphKey, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+        self._steps_done: dict[int, torch.cuda.Event] = {}
+
+    def _bridge_elems(self, most_tokens: int) -> int:
+        if not self._limits.max_rank:
+            return 1
+        from kernels.lora_plan import bridge_width
+
+        sizes = {*graph_sizes(self.blueprint.config.graph_max_tokens), most_tokens, min(128, most_tokens)}
+        width = bridge_width(self._limits.max_rank)
+        return max(size * max(launch.splits for launch in self._layout(size).lora) * width for size in sizes)
+
+    def _layout(self, tokens: int) -> BatchLayout:
+        layout = self._layouts.get(tokens)
+        if layout is None:
+            layout = self._layouts[tokens] = batch_layout(tokens, self._limits)
+        return layout
+
+    # ---- steps ----
+
+    def launch(self, step: Step, tokens_of: dict[Sequence, NDArray[np.int32]]) -> InFlight:
+        """Start a planned step. tokens_of: prompt and generated tokens of the sequences that prefill in it."""
+        launched_s = time.perf_counter()
+        host = self._host[self._turn % RING]
+        self._turn += 1
+        updates = self._builder.apply(step)
+        key = self._key(step)
+        layout = self._layout(key.tokens)
+        views = layout.views(host.metadata.numpy())
+        sampled = self._builder.build(step, layout, views, tokens_of)
+        self._send(layout, host, updates)
+        started, ended = self._new_event(), self._new_event()
+        if started is not None:
+            started.record()
+        tokens = self._run(key, layout)
+        if ended is not None:
+            host.tokens[: len(tokens)].copy_(tokens, non_blocking=True)
+            ended.record()
+            self._steps_done[step.index] = ended
+        else:
+            host.tokens[: len(tokens)] = tokens
+        return InFlight(step, sampled, host, launched_s, started, ended)
+
+    def wait(self, flight: InFlight) -> tuple[NDArray[np.int64], float]:
+        """Wait for a step; return its sampled tokens (in the order of `sampled.sequences`) and its seconds on the GPU."""
+        duration_s = 0.0
+        if flight.ended is not None and flight.started is not None:
+            flight.ended.synchronize()
+            duration_s = flight.started.elapsed_time(flight.ended) * 1e-3
+            del self._steps_done[flight.step.index]
+        else:
+            duration_s = time.perf_counter() - flight.launched_s
+        return flight.host.tokens[: len(flight.sampled.sequences)].numpy().copy(), duration_s
+
+    def start_load(self, load: Load) -> None:
+        """Start copying an adapter to the GPU."""
+        self.loader.start(load, self._steps_done)
+
+    def _new_event(self) -> torch.cuda.Event | None:
+        return torch.cuda.Event(enable_timing=True) if self.device.type == "cuda" else None
+
+    def _key(self, step: Step) -> GraphKey:
+        tokens = padded_tokens(step.shape.tokens, self.blueprint.config.graph_max_tokens)
+        decode_only = step.shape.prefill_tokens == 0
+        return GraphKey(tokens=tokens, decode_only=decode_only, with_lora=step.shape.lora_tokens > 0)
+
+    def _send(self, layout: BatchLayout, host: _HostBuffers, updates: PageUpdates) -> None:
+        self._device_metadata[: layout.size].copy_(host.metadata[: layout.size], non_blocking=True)
+        count = len(updates.index)
+        if count:
+            tail = host.metadata[layout.size : layout.size + 2 * count]
+            tail.numpy()[:count] = updates.index
+            tail.numpy()[count:] = updates.page
+            self._device_updates[: 2 * count].copy_(tail, non_blocking=True)
+            index = self._device_updates[:count]
+            self.buffers.page_table.view(-1)[index] = self._device_updates[count : 2 * count]
+
+    def _run(self, key: GraphKey, layout: BatchLayout) -> torch.Tensor:
+        captured = self._graphs.get(key)
+        if captured is not None:
+            captured[0].replay()
+            return captured[1]
+        return self._forward(key, layout)
+
+    def _forward(self, key: GraphKey, layout: BatchLayout) -> torch.Tensor:
+        batch = DeviceBatch(layout, layout.views(self._device_metadata), key.decode_only, key.with_lora)
+        with torch.inference_mode():
+            return self.model.forward(batch)
+
+    # ---- graphs ----
+
+    def capture(self) -> Iterator[GraphKey]:
+        """Capture a graph for every padded size, decodes alone and mixed, with and without adapters; yield each when done.
+
+        The metadata is empty while capturing: no row is real, so nothing is read or written through the page table.
+        """
+        if self.device.type != "cuda":
+            return
+        config = self.blueprint.config
+        pool = torch.cuda.graph_pool_handle()
+        for tokens in reversed(graph_sizes(config.graph_max_tokens)):
+            for decode_only in (False, True):
+                if decode_only and padded_tokens(config.max_num_seqs, config.graph_max_tokens) < tokens:
+                    continue
+                for with_lora in (False, True) if self.blueprint.adapters else (False,):
+                    key = GraphKey(tokens=tokens, decode_only=decode_only, with_lora=with_lora)
+                    self._capture_one(key, pool)
+                    yield key
+
+    def _capture_one(self, key: GraphKey, pool: tuple[int, int]) -> None:
+        layout = self._layout(key.tokens)
+        self.clear_metadata(layout)
+        self._forward(key, layout)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            tokens = self._forward(key, layout)
+        self._graphs[key] = (graph, tokens)
+
+    def clear_metadata(self, layout: BatchLayout) -> None:
+        """Make the device's metadata that of a step without rows."""
+        self._device_metadata.zero_()
+        views = layout.views(self._device_metadata)
+        views["sequence_slots"].fill_(-1)
+        views["sample_slots"].fill_(self.blueprint.config.max_num_seqs)
+
+
+def _limits_of(blueprint: Blueprint) -> BatchLimits:
+    config, model = blueprint.config, blueprint.model
+    linears = model.linear_shapes(config.tp)
+    inputs = tuple(linears[group[0]][1] for group in GROUPS)
+    return BatchLimits(
+        max_num_seqs=config.max_num_seqs,
+        max_rank=max((max(spec.module_ranks) for spec in blueprint.adapters.values()), default=0),
+        num_heads=model.heads_per_rank(config.tp),
+        num_kv_heads=model.kv_heads_per_rank(config.tp),
+        in_features=(inputs[0], inputs[1], inputs[2], inputs[3]),
+    )
