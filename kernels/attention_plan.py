@@ -5,11 +5,11 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-MIN_CHUNK_TOKENS = (
-    256  # A shorter chunk would spend more on its start and its partial result than on its K and V.
-)
+# A shorter chunk would spend more on its start and its partial result than on its K and V.
+MIN_CHUNK_TOKENS = 256
 
 Int32Array = NDArray[np.int32]
+Int64Array = NDArray[np.int64]
 
 
 def plan_decode_attention(
@@ -32,35 +32,34 @@ def plan_decode_attention(
     max_partials. With `out`, two int32 arrays [cap, 4], they are views of its first rows. Raises ValueError
     where an argument is out of range or `out` too short.
     """
-    for name, value, least in (
-        ("page_tokens", page_tokens, 1),
-        ("target_items", target_items, 1),
-        ("max_partials", max_partials, 0),
-    ):
-        if value < least:
-            raise ValueError(f"{name}(={value}) must be >= {least}")
+    if page_tokens < 1 or target_items < 1 or max_partials < 0:
+        raise ValueError(
+            f"page_tokens(={page_tokens}) and target_items(={target_items}) must be > 0, "
+            f"max_partials(={max_partials}) must be >= 0"
+        )
     lens = np.asarray(kv_lens, dtype=np.int64)
-    if lens.ndim != 1 or (lens.size and lens.min() < 0):
+    if lens.ndim != 1 or (lens.size and int(lens.min()) < 0):
         raise ValueError("kv_lens must be a vector of numbers >= 0")
-    chunk, pieces = _split(lens, page_tokens, max_partials, target_items)
+    items_out, combine_out = (None, None) if out is None else out
+    pieces, chunk = _split(lens, page_tokens, max_partials, target_items)
+    if pieces is None:  # The common step: many rows of like length, none to split.
+        order = np.argsort(-lens, kind="stable")[: np.count_nonzero(lens)]
+        items = _fill(items_out, "items", order.size, (order, 0, lens[order], -1))
+        return items, _fill(combine_out, "combine", 0, ())
 
     row = np.repeat(np.arange(lens.size), pieces)
     ends = np.cumsum(pieces)
     kv_start = (np.arange(row.size) - (ends - pieces)[row]) * chunk[row]
     kv_end = np.minimum(kv_start + chunk[row], lens[row])
-    is_split = pieces > 1
-    partial = np.where(is_split[row], np.cumsum(is_split[row]) - 1, -1)
+    is_split = (pieces > 1)[row]
+    partial = np.where(is_split, np.cumsum(is_split) - 1, -1)
     order = np.argsort(kv_start - kv_end, kind="stable")
-    items = _fill(
-        None if out is None else out[0], "items", (row[order], kv_start[order], kv_end[order], partial[order])
-    )
-
-    split_row = np.flatnonzero(is_split)
+    columns = (row[order], kv_start[order], kv_end[order], partial[order])
+    items = _fill(items_out, "items", row.size, columns)
+    split_row = np.flatnonzero(pieces > 1)
     count = pieces[split_row]
-    combine = _fill(
-        None if out is None else out[1], "combine", (split_row, np.cumsum(count) - count, count, 0)
-    )
-    return items, combine
+    columns = (split_row, np.cumsum(count) - count, count, 0)
+    return items, _fill(combine_out, "combine", split_row.size, columns)
 
 
 def plan_prefill_attention(
@@ -83,7 +82,7 @@ def plan_prefill_attention(
     row_count = np.minimum(block_q, length - offset)
     order = np.argsort(-(first_position + offset + row_count), kind="stable")
     columns = (row_start + offset, row_count, first_position + offset, slot)
-    return _fill(out, "items", tuple(column[order] for column in columns))
+    return _fill(out, "items", slot.size, [column[order] for column in columns])
 
 
 def prefill_block_q(num_heads: int, num_kv_heads: int, *, tile_rows: int = 128) -> int:
@@ -94,35 +93,33 @@ def prefill_block_q(num_heads: int, num_kv_heads: int, *, tile_rows: int = 128) 
 
 
 def _split(
-    lens: NDArray[np.int64], page_tokens: int, max_partials: int, target_items: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Chunk length and number of chunks of each row."""
-    total = int(lens.sum())
+    lens: Int64Array, page_tokens: int, max_partials: int, target_items: int
+) -> tuple[Int64Array, Int64Array] | tuple[None, None]:
+    """Number of chunks and chunk length of each row; (None, None) if no row is split."""
+    total, longest = int(lens.sum()), int(lens.max(initial=0))
     share = max(MIN_CHUNK_TOKENS, total / target_items)
+    if longest < max(1.5 * share, 2 * MIN_CHUNK_TOKENS) or max_partials < 2:
+        return None, None
     pieces = _pieces(lens, share)
     if int(pieces[pieces > 1].sum()) > max_partials:
-        # p > 1 chunks come from at least p − 1/2 shares, so split rows make at most 4/3 · total / share
-        # chunks.
-        share = 4 / 3 * total / max_partials if max_partials else float(total + 1)
-        pieces = _pieces(lens, share)
-    chunk = np.maximum(1, -(-lens // np.maximum(pieces, 1)))
-    chunk = -(-chunk // page_tokens) * page_tokens
-    return chunk, -(-lens // chunk)
+        # p > 1 chunks come from at least p − 1/2 shares: split rows make at most 4/3 · total / share chunks.
+        pieces = _pieces(lens, 4 / 3 * total / max_partials)
+    chunk = -(-lens // np.maximum(pieces, 1))
+    chunk = np.maximum(-(-chunk // page_tokens) * page_tokens, 1)
+    return -(-lens // chunk), chunk
 
 
-def _pieces(lens: NDArray[np.int64], share: float) -> NDArray[np.int64]:
+def _pieces(lens: Int64Array, share: float) -> Int64Array:
     rounded = (lens / share + 0.5).astype(np.int64)
     return np.maximum(np.minimum(rounded, lens // MIN_CHUNK_TOKENS), lens > 0)
 
 
-def _fill(out: Int32Array | None, name: str, columns: Sequence[NDArray[np.int64] | int]) -> Int32Array:
-    first = columns[0]
-    assert isinstance(first, np.ndarray)
+def _fill(out: Int32Array | None, name: str, size: int, columns: Sequence[Int64Array | int]) -> Int32Array:
     if out is None:
-        out = np.empty((first.size, 4), dtype=np.int32)
-    elif first.size > len(out):
-        raise ValueError(f"out: {name} needs {first.size} entries, has room for {len(out)}")
-    filled = out[: first.size]
+        out = np.empty((size, 4), dtype=np.int32)
+    elif size > len(out):
+        raise ValueError(f"out: {name} needs {size} entries, has room for {len(out)}")
+    filled = out[:size]
     for index, column in enumerate(columns):
         filled[:, index] = column
     return filled
