@@ -135,10 +135,7 @@ def rank_of(how: Assignment, index: int) -> int:
 
 
 def row_numbers(columns: TraceColumns) -> list[int]:
-    """Return each request's row number in its source:
-
-    its id, where all ids are whole numbers; else its position.
-    """
+    """Return each request's row in its source: its id where all ids are whole numbers, else its position."""
     ids = [id_ for id_ in columns.ids if isinstance(id_, int)]
     return ids if len(ids) == len(columns.ids) else list(range(len(columns.ids)))
 

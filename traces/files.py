@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import os
 import zlib
 from collections.abc import Callable, Iterable
@@ -59,8 +60,17 @@ def write_lines(path: str | os.PathLike[str], lines: Iterable[str], *, overwrite
     if the file is there and `overwrite` is not asked for, or if it cannot be written.
     """
     text = "".join(f"{line}\n" for line in lines).encode("utf-8")
-    data = gzip.compress(text, 9, mtime=0) if Path(path).suffix == ".gz" else text
+    data = _gzipped(text) if Path(path).suffix == ".gz" else text
     replace_file(Path(path), lambda temporary: temporary.write_bytes(data), overwrite=overwrite)
+
+
+def _gzipped(data: bytes) -> bytes:
+    buffer = io.BytesIO()
+    with gzip.GzipFile(
+        filename="", mode="wb", fileobj=buffer, mtime=0
+    ) as file:  # compress() names the system
+        file.write(data)
+    return buffer.getvalue()
 
 
 def replace_file(path: Path, write: Callable[[Path], object], *, overwrite: bool) -> None:

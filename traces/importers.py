@@ -223,10 +223,7 @@ def _spread(raw_s: list[float]) -> list[float | None]:
 
 
 def _session_block(rows: list[tuple[str, dict[str, Any]]]) -> int:
-    """Return which prefix block tells conversations apart:
-
-    1 where all share the first (a system prompt), else 0.
-    """
+    """Return which prefix block tells conversations apart: 1 where all share the first, else 0."""
     firsts = {_block(row, 0) for _, row in rows}
     return 1 if len(firsts) == 1 and len(rows) > 1 else 0
 
