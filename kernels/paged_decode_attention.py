@@ -220,6 +220,7 @@ def paged_decode_attention(
     check_tensor("out", out, shape=(tokens, num_heads * head_dim), dtypes=(q.dtype,), device=device)
     check_positive(num_programs=num_programs)
     group = num_heads // num_kv_heads
+    is_fp32 = q.dtype == torch.float32  # For tests: without tensor cores, larger blocks spill.
     _decode_kernel[(num_programs,)](
         q,
         pool,
@@ -240,9 +241,9 @@ def paged_decode_attention(
         GROUP_PAD=max(16, triton.next_power_of_2(group)),
         HEAD_DIM=head_dim,
         PAGE_TOKENS=page_tokens,
-        BLOCK_N=min(128, BLOCK_ELEMS // head_dim),
+        BLOCK_N=16 if is_fp32 else min(128, BLOCK_ELEMS // head_dim),
         num_warps=NUM_WARPS,
-        num_stages=1 if q.dtype == torch.float32 else NUM_STAGES,  # fp32 blocks would not fit shared memory thrice.
+        num_stages=1 if is_fp32 else NUM_STAGES,
     )
     _combine_kernel[(num_programs,)](
         combine,
