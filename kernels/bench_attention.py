@@ -1,8 +1,8 @@
 """Time the attention and elementwise kernels on this GPU: `python -m kernels.bench_attention`.
 
-Each case is one CUDA graph of calls over different layers (or buffers), so caches hold none of the inputs; times
-are the median of its replays. "floor" is the bytes that must move over 4.3 TB/s or, for prefill, the operations
-over 790 TFLOP/s: what an H200 was measured to give.
+Each case is one CUDA graph of calls over different layers or buffers, so caches hold none of the inputs;
+times are the median of its replays. "floor" is the bytes that must move over 4.3 TB/s or, for prefill, the
+operations over 790 TFLOP/s: what an H200 was measured to give.
 """
 
 import statistics
