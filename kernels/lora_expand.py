@@ -26,12 +26,24 @@ from kernels.lora_shrink import launch_options, row_offsets, sum_ranks, wait_for
 
 
 @triton.jit
-def sum_planes(bridge, stride_plane, offsets, keep, SPLITS: tl.constexpr):
-    """Sum the bridge's planes at `offsets`."""
+def sum_planes_of_row(bridge, stride_plane, column, keep, SPLITS: tl.constexpr):
+    """Sum the bridge's planes at a vector of columns of one row: one load for all planes, so that none waits for another."""
+    PLANES: tl.constexpr = triton.next_power_of_2(SPLITS)
+    plane = tl.arange(0, PLANES)[:, None]
+    parts = tl.load(bridge + plane * stride_plane + column[None, :], mask=(plane < SPLITS) & keep[None, :], other=0.0)
+    return tl.sum(parts, axis=0)
+
+
+@triton.jit
+def sum_planes_of_tile(bridge, stride_plane, offsets, keep, live, SPLITS: tl.constexpr):
+    """Sum the bridge's planes at a matrix of offsets, and put zero in the columns that are not live.
+
+    `keep` must not vary within 16 columns: then these are 16-byte loads. A loop, because all planes at once would need too many registers.
+    """
     h = tl.load(bridge + offsets, mask=keep, other=0.0)
-    for split in tl.static_range(1, SPLITS):
+    for split in tl.range(1, SPLITS, num_stages=1):
         h += tl.load(bridge + split * stride_plane + offsets, mask=keep, other=0.0)
-    return h
+    return tl.where(live[None, :], h, 0.0)
 
 
 @triton.jit
@@ -61,10 +73,10 @@ def expand_row(
         base = tl.load(y + n, mask=n < width, other=0.0)
     update = tl.zeros([ITEM_N], tl.float32)
     for low in tl.range(0, rank, ROW_RANK, num_stages=1):
+        h = sum_planes_of_row(bridge, stride_plane, low + r, low + r < rank, SPLITS)
         next_b = load_b(next_rows, low + ROW_RANK + r < rank, n, width, EVEN)
         later = low + 2 * ROW_RANK + r
         next_rows = pool + row_offsets(entries, later, later < rank, UNIT)
-        h = sum_planes(bridge, stride_plane, low + r, low + r < rank, SPLITS)
         update += tl.sum(b.to(tl.float32) * h[:, None], axis=0)
         b = next_b
     out = (base.to(tl.float32) + scale * update).to(y.dtype.element_ty)
@@ -76,20 +88,27 @@ def expand_row(
 
 @triton.jit
 def expand_tile(
-    y, stride_y, bridge, stride_plane, stride_bridge, row_count, entries, pool, scale, rank, n_first, width,
+    y, stride_y, bridge, stride_plane, stride_bridge, bridge_width, row_count, entries, pool, scale, rank, h_first, n_first, width,
     SPLITS: tl.constexpr, TILE_TOKENS: tl.constexpr, ITEM_N: tl.constexpr, BLOCK_N: tl.constexpr, RANK_BLOCK: tl.constexpr,
     UNIT: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Several tokens: h (kept for all columns of the item when the rank fits one block) · B block."""
+    """Several tokens: h (kept for all columns of the item when the rank fits one block) · B block.
+
+    Columns of h are read from the multiple of 16 at or before the module's first, so that the loads are 16 bytes wide whatever the ranks
+    are; `skip` of them belong to the module before.
+    """
+    skip = h_first % 16
+    end = skip + rank
     t = tl.arange(0, TILE_TOKENS)
-    r = tl.arange(0, RANK_BLOCK)
+    c = tl.arange(0, RANK_BLOCK)
+    column = (h_first // 16) * 16 + c
     in_tile = (t < row_count)[:, None]
-    h_at = t[:, None] * stride_bridge + r[None, :]
-    first_rows = pool + row_offsets(entries, r, r < rank, UNIT)
+    h_at = t[:, None] * stride_bridge + column[None, :]
+    live = (c >= skip) & (c < end)
+    rows = pool + row_offsets(entries, c - skip, live, UNIT)
     wait_for_predecessor(PDL)
-    first_h = sum_planes(bridge, stride_plane, h_at, in_tile & (r < rank)[None, :], SPLITS).to(
-        pool.dtype.element_ty
-    )
+    first_h = sum_planes_of_tile(bridge, stride_plane, h_at, in_tile & (column < bridge_width)[None, :], live, SPLITS)
+    first_h = first_h.to(pool.dtype.element_ty)
     for sub in tl.range(0, ITEM_N, BLOCK_N, num_stages=1):
         n = n_first + sub + tl.arange(0, BLOCK_N)
         y_at = y + t.to(tl.int64)[:, None] * stride_y + n[None, :]
@@ -97,20 +116,20 @@ def expand_tile(
         if not EVEN:
             keep = in_tile & (n < width)[None, :]
         base = tl.load(y_at, mask=keep, other=0.0)
-        update = tl.dot(first_h, load_b(first_rows, r < rank, n, width, EVEN), input_precision="ieee")
-        for low in tl.range(RANK_BLOCK, rank, RANK_BLOCK, num_stages=1):
-            live = low + r < rank
-            rows = pool + row_offsets(entries, low + r, live, UNIT)
-            h = sum_planes(bridge + low, stride_plane, h_at, in_tile & live[None, :], SPLITS).to(
-                pool.dtype.element_ty
-            )
-            update = tl.dot(h, load_b(rows, live, n, width, EVEN), update, input_precision="ieee")
+        update = tl.dot(first_h, load_b(rows, live, n, width, EVEN), input_precision="ieee")
+        for low in tl.range(RANK_BLOCK, end, RANK_BLOCK, num_stages=1):
+            more = low + c < end
+            more_rows = pool + row_offsets(entries, low + c - skip, more, UNIT)
+            b = load_b(more_rows, more, n, width, EVEN)  # before the loop over planes: after it, Triton 3.6 makes this 2-byte loads
+            wide = in_tile & (low + column < bridge_width)[None, :]
+            h = sum_planes_of_tile(bridge + low, stride_plane, h_at, wide, more, SPLITS).to(pool.dtype.element_ty)
+            update = tl.dot(h, b, update, input_precision="ieee")
         tl.store(y_at, (base.to(tl.float32) + scale * update).to(y.dtype.element_ty), mask=keep)
 
 
 @triton.jit(do_not_specialize=["layer"])
 def lora_expand_kernel(
-    y, bridge, scales, pool, table, tiles, num_tiles, stride_y, stride_plane, stride_bridge, stride_scales, layer,
+    y, bridge, scales, pool, table, tiles, num_tiles, stride_y, stride_plane, stride_bridge, bridge_width, stride_scales, layer,
     FIRST: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, W2: tl.constexpr, SPLITS: tl.constexpr, TILE_TOKENS: tl.constexpr,
     ITEM_N: tl.constexpr, BLOCK_N: tl.constexpr, ROW_RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, UNIT: tl.constexpr,
     PDL: tl.constexpr,
@@ -145,17 +164,17 @@ def lora_expand_kernel(
             entries = table + (
                 table_unit * 32 + (layer * 2 + 1) * all_ranks + sum_ranks(record, 0, FIRST) + h_first
             )
-            h = bridge + (row_start * stride_bridge + h_first)
+            h = bridge + row_start * stride_bridge
             y_rows = y + (row_start * stride_y + y_first)
             if row_count == 1:
                 expand_row(
-                    y_rows, h, stride_plane, entries, pool, scale, rank, n_first, width,
+                    y_rows, h + h_first, stride_plane, entries, pool, scale, rank, n_first, width,
                     SPLITS, ITEM_N, ROW_RANK, UNIT, EVEN, PDL,
                 )  # fmt: skip
             else:
                 expand_tile(
-                    y_rows, stride_y, h, stride_plane, stride_bridge, row_count, entries, pool, scale, rank, n_first, width,
-                    SPLITS, TILE_TOKENS, ITEM_N, BLOCK_N, RANK_BLOCK, UNIT, EVEN, PDL,
+                    y_rows, stride_y, h, stride_plane, stride_bridge, bridge_width, row_count, entries, pool, scale, rank, h_first,
+                    n_first, width, SPLITS, TILE_TOKENS, ITEM_N, BLOCK_N, RANK_BLOCK, UNIT, EVEN, PDL,
                 )  # fmt: skip
     wait_for_predecessor(PDL)
 
@@ -199,7 +218,7 @@ def lora_expand_(
     item_n = min(tuning.item_n, max(16, triton.next_power_of_2(max(widths))))
     lora_expand_kernel[(num_programs,)](
         y, bridge, scales, pool, pool.view(torch.int32), tiles, num_tiles,
-        y.stride(0), bridge.stride(0), bridge.stride(1), scales.stride(0), layer,
+        y.stride(0), bridge.stride(0), bridge.stride(1), bridge.shape[2], scales.stride(0), layer,
         FIRST=first, W0=w0, W1=w1, W2=w2, SPLITS=splits, TILE_TOKENS=tile_tokens, ITEM_N=item_n, BLOCK_N=min(tuning.block_n, item_n),
         ROW_RANK=tuning.row_rank, RANK_BLOCK=tuning.rank_block, UNIT=ROW_ALIGN_BYTES // pool.element_size(),
         **launch_options(y, tuning.num_warps, tuning.pdl),
