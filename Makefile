@@ -7,7 +7,7 @@ PROFILE_OUT ?= .out/profile
 BENCH_OUT ?= .out/kernels.json
 
 BIN := .venv/bin
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
 
 .PHONY: plan test check test-gpu bench-kernels profile dashboard clean
 
@@ -49,9 +49,11 @@ $(BIN)/python:
 	$(PYTHON) -m venv .venv
 
 .venv/.plan-ready: pyproject.toml constraints.txt | $(BIN)/python
-	$(INSTALL) --editable .
+	@echo 'setting up .venv for plan (a minute or two) ...' >&2
+	@$(INSTALL) --editable .
 	@touch $@
 
 .venv/.dev-ready: pyproject.toml constraints.txt | $(BIN)/python
-	$(INSTALL) --editable '.[engine,dev]'
+	@echo 'setting up .venv with torch and the tools for tests (some minutes) ...' >&2
+	@$(INSTALL) --editable '.[engine,dev]'
 	@touch .venv/.plan-ready $@

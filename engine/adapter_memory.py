@@ -6,7 +6,7 @@ each byte once, on a stream of its own, runs of neighbouring pages in one copy; 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,7 +34,9 @@ class HostAdapter:
 class HostStore:
     """All registered adapters, by name."""
 
-    def __init__(self, blueprint: Blueprint, dtype: torch.dtype, device: torch.device, *, seed: int = 0) -> None:
+    def __init__(
+        self, blueprint: Blueprint, dtype: torch.dtype, device: torch.device, *, seed: int = 0
+    ) -> None:
         self._blueprint = blueprint
         self._dtype = dtype
         self._device = device
@@ -67,7 +69,9 @@ class HostStore:
         config = self._blueprint.config
         adapter = load_peft_adapter(spec.path, self._blueprint.model, spec.name)
         if adapter.spec.module_ranks != spec.module_ranks:
-            raise UserError(f"{spec.path}: ranks {adapter.spec.module_ranks} are not those of adapter {spec.name!r}: {spec.module_ranks}")
+            raise UserError(
+                f"{spec.path}: ranks {adapter.spec.module_ranks} are not those of adapter {spec.name!r}: {spec.module_ranks}"
+            )
         adapter = shard_adapter(adapter, self._blueprint.model, config.tp, 0, config.lora_sharding)
         image = self._empty(layout)
         image.copy_(pack(adapter, layout, self._dtype))
@@ -104,10 +108,7 @@ class AdapterLoader:
         adapter = self._store[load.adapter]
         table = adapter.layout.table(load.pages)
         adapter.image[0].view(torch.int32)[: len(table)] = torch.from_numpy(table)
-        meta = self.adapter_meta[load.slot]
-        meta[TABLE_UNIT] = load.pages[0] * self._units_per_page
-        meta[SLOT] = load.slot
-        meta[RANKS : RANKS + 7] = adapter.spec.module_ranks
+        self.register(load.slot, load.pages, adapter.spec)
         if self._stream is None:
             self._copy(adapter.image, load.pages)
             self._flights.append(_Flight(load.adapter, None))
@@ -119,6 +120,13 @@ class AdapterLoader:
             done = torch.cuda.Event()
             done.record(self._stream)
         self._flights.append(_Flight(load.adapter, done))
+
+    def register(self, slot: int, pages: Sequence[int], spec: AdapterSpec) -> None:
+        """Tell where the adapter of a slot is."""
+        meta = self.adapter_meta[slot]
+        meta[TABLE_UNIT] = pages[0] * self._units_per_page
+        meta[SLOT] = slot
+        meta[RANKS : RANKS + 7] = spec.module_ranks
 
     def _copy(self, image: torch.Tensor, pages: tuple[int, ...]) -> None:
         for first, length in _runs(pages):

@@ -44,10 +44,18 @@ class BatchBuilder:
         self._adapter_meta = adapter_meta
         self._sequences: list[Sequence | None] = [None] * max_num_seqs
         self._slot_of: dict[Sequence, int] = {}
-        self._kv_tokens = np.zeros(max_num_seqs, dtype=np.int32)  # tokens in the cache before the next decode row
+        self._kv_tokens = np.zeros(
+            max_num_seqs, dtype=np.int32
+        )  # tokens in the cache before the next decode row
         self._adapter = np.full(max_num_seqs, NO_ADAPTER, dtype=np.int32)
         self._decoding = np.zeros(max_num_seqs, dtype=bool)
         self._pages_written = np.zeros(max_num_seqs, dtype=np.int32)
+
+    def clear(self) -> None:
+        """Forget all sequences."""
+        self._sequences = [None] * len(self._sequences)
+        self._slot_of.clear()
+        self._decoding[:] = False
 
     def apply(self, step: Step) -> PageUpdates:
         """Take over a step's changes; return the page table entries that change."""
@@ -63,10 +71,11 @@ class BatchBuilder:
             self._pages_written[slot] += 1
         for chunk in step.prefills:
             if chunk.start == 0:
-                self._enter(chunk.sequence, updates)
+                self.enter(chunk.sequence, updates)
         return updates
 
-    def _enter(self, sequence: Sequence, updates: PageUpdates) -> None:
+    def enter(self, sequence: Sequence, updates: PageUpdates) -> None:
+        """Take in a sequence that starts to run: its slot, pages and adapter."""
         slot = sequence.slot
         previous = self._sequences[slot]
         if previous is not None and self._slot_of.get(previous) == slot:
@@ -84,7 +93,11 @@ class BatchBuilder:
             self._decoding[slot] = False
 
     def build(
-        self, step: Step, layout: BatchLayout, views: dict[str, NDArray[np.int32]], tokens_of: dict[Sequence, NDArray[np.int32]]
+        self,
+        step: Step,
+        layout: BatchLayout,
+        views: dict[str, NDArray[np.int32]],
+        tokens_of: dict[Sequence, NDArray[np.int32]],
     ) -> SampledRows:
         """Write a step into the host views of its layout; return whose tokens it samples.
 
@@ -171,7 +184,9 @@ class BatchBuilder:
         chunks: list[PrefillChunk],
         rows: int,
     ) -> None:
-        adapters = np.concatenate([decode_adapters, [self._adapter_of(chunk) for chunk in chunks]]).astype(np.int32)
+        adapters = np.concatenate([decode_adapters, [self._adapter_of(chunk) for chunk in chunks]]).astype(
+            np.int32
+        )
         counts = np.concatenate([np.ones(rows), [chunk.length for chunk in chunks]]).astype(np.int32)
         starts = np.cumsum(counts, dtype=np.int32) - counts
         # Neighbours of one adapter are one segment; decodes and prefills are sorted apart, so an adapter has at most two.

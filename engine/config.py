@@ -95,7 +95,11 @@ class ServingConfig:
             if not isinstance(getattr(self, name), str) or not getattr(self, name):
                 raise UserError(f"config: {name}={getattr(self, name)!r} must be a name")
         utilization = self.gpu_memory_utilization
-        if isinstance(utilization, bool) or not isinstance(utilization, (int, float)) or not 0 < utilization <= 1:
+        if (
+            isinstance(utilization, bool)
+            or not isinstance(utilization, (int, float))
+            or not 0 < utilization <= 1
+        ):
             raise UserError(f"config: gpu_memory_utilization={utilization!r} must be in (0, 1]")
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise UserError(
@@ -123,7 +127,9 @@ class ServingConfig:
     def from_json(cls, data: Any, *, source: str = "config") -> ServingConfig:
         """Build from the JSON form. Raises UserError on unknown keys and bad values, naming `source`."""
         if not isinstance(data, dict):
-            raise UserError(f"{source}: a serving configuration must be a JSON object, got {type(data).__name__}")
+            raise UserError(
+                f"{source}: a serving configuration must be a JSON object, got {type(data).__name__}"
+            )
         known = {field.name for field in fields(cls)}
         unknown = sorted(set(data) - known)
         if unknown:

@@ -50,7 +50,9 @@ class Generation:
 class Engine:
     """Serves requests on one runner. `clock` gives seconds since the start of serving."""
 
-    def __init__(self, blueprint: Blueprint, runner: Runner, clock: Callable[[], float] | None = None) -> None:
+    def __init__(
+        self, blueprint: Blueprint, runner: Runner, clock: Callable[[], float] | None = None
+    ) -> None:
         self.blueprint = blueprint
         self.runner = runner
         self.scheduler: Scheduler = blueprint.new_scheduler()

@@ -95,8 +95,12 @@ class Model:
     ) -> torch.Tensor:
         """Return x · Wᵀ (+ bias) with each row's adapter added."""
         y = F.linear(x, weight, bias)
-        if not batch.with_lora:
-            return y
+        if batch.with_lora:
+            self.add_lora_(batch, layer, group, x, y)
+        return y
+
+    def add_lora_(self, batch: DeviceBatch, layer: int, group: int, x: torch.Tensor, y: torch.Tensor) -> None:
+        """Add to y, in place, what each row's adapter makes of x, for one group of linears."""
         launch, views, buffers = batch.layout.lora[group], batch.views, self.buffers
         width = bridge_width(self.max_rank)
         planes = launch.splits * len(x) * width
@@ -131,7 +135,6 @@ class Model:
             num_programs=launch.expand_programs,
             tuning=launch.expand,
         )
-        return y
 
     def _attention(self, batch: DeviceBatch, layer: int, qkv: torch.Tensor) -> torch.Tensor:
         views, buffers, geometry = batch.views, self.buffers, self.geometry
@@ -217,6 +220,8 @@ def new_buffers(
         last_token=torch.zeros(rows, dtype=torch.int64, device=device),
         scales=torch.ones(max(1, num_adapters), 7, dtype=torch.float32, device=device),
         bridge=torch.zeros(max(1, bridge_elems), dtype=torch.float32, device=device),
-        partial=torch.zeros(ATTENTION_PARTIAL_ROWS, heads, shape.head_dim, dtype=torch.float32, device=device),
+        partial=torch.zeros(
+            ATTENTION_PARTIAL_ROWS, heads, shape.head_dim, dtype=torch.float32, device=device
+        ),
         partial_lse=torch.zeros(ATTENTION_PARTIAL_ROWS, heads, dtype=torch.float32, device=device),
     )

@@ -93,7 +93,9 @@ class Residency:
         slot = self._free_slots.pop() if self._free_slots else self._next_slot
         if slot == self._next_slot:
             self._next_slot += 1
-        adapter = ResidentAdapter(name, slot, self._pool.allocate(footprint.pages), footprint, load_started_s=now_s)
+        adapter = ResidentAdapter(
+            name, slot, self._pool.allocate(footprint.pages), footprint, load_started_s=now_s
+        )
         self._held[name] = adapter
         self.num_loading += 1
         self.loads += 1
@@ -174,7 +176,11 @@ class Residency:
         assert not set(slots) & set(self._free_slots), "a slot is free and held"
         assert self.num_loading == sum(a.state is AdapterState.LOADING for a in self._held.values())
         for name, adapter in self._held.items():
-            assert len(adapter.pages) == adapter.footprint.pages, f"adapter {name} holds a wrong number of pages"
+            assert len(adapter.pages) == adapter.footprint.pages, (
+                f"adapter {name} holds a wrong number of pages"
+            )
             idle = adapter.users == 0 and adapter.state is AdapterState.RESIDENT
-            assert idle == (name in self._idle), f"adapter {name}: {adapter.users} users, idle: {name in self._idle}"
+            assert idle == (name in self._idle), (
+                f"adapter {name}: {adapter.users} users, idle: {name in self._idle}"
+            )
         assert self._idle_pages == sum(len(a.pages) for a in self._idle.values())

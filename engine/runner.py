@@ -62,7 +62,9 @@ class GraphKey:
 class Runner:
     """One rank of a replica: device memory, model, adapters and graphs."""
 
-    def __init__(self, blueprint: Blueprint, weights: ModelWeights, device: torch.device, *, seed: int = 0) -> None:
+    def __init__(
+        self, blueprint: Blueprint, weights: ModelWeights, device: torch.device, *, seed: int = 0
+    ) -> None:
         config = blueprint.config
         if config.tp != 1:
             raise UserError(f"tp={config.tp}: the engine runs tp=1; tensor parallelism is not built yet")
@@ -84,13 +86,19 @@ class Runner:
             dtype=self.dtype,
         )
         self.model = Model(
-            blueprint.model, config, blueprint.geometry, weights, ops_for(config.backend), self.buffers, self._limits.max_rank
+            blueprint.model,
+            config,
+            blueprint.geometry,
+            weights,
+            ops_for(config.backend),
+            self.buffers,
+            self._limits.max_rank,
         )
         self.store = HostStore(blueprint, self.dtype, device, seed=seed)
         self.loader = AdapterLoader(
             self.store, self.buffers, len(blueprint.adapters), blueprint.geometry.units_per_page
         )
-        self._builder = BatchBuilder(
+        self.builder = BatchBuilder(
             max_num_seqs=config.max_num_seqs,
             max_pages_per_seq=self.buffers.page_table.shape[1],
             page_tokens=config.page_tokens,
@@ -99,8 +107,8 @@ class Runner:
         )
         pin = device.type == "cuda"
         updates = 2 * config.max_num_seqs * self.buffers.page_table.shape[1]
-        metadata = self._layout(most_tokens).size
-        self._device_metadata = torch.zeros(metadata, dtype=torch.int32, device=device)
+        metadata = self.layout(most_tokens).size
+        self.device_metadata = torch.zeros(metadata, dtype=torch.int32, device=device)
         self._device_updates = torch.zeros(updates, dtype=torch.int32, device=device)
         self._host = [
             _HostBuffers(
@@ -120,9 +128,10 @@ class Runner:
 
         sizes = {*graph_sizes(self.blueprint.config.graph_max_tokens), most_tokens, min(128, most_tokens)}
         width = bridge_width(self._limits.max_rank)
-        return max(size * max(launch.splits for launch in self._layout(size).lora) * width for size in sizes)
+        return max(size * max(launch.splits for launch in self.layout(size).lora) * width for size in sizes)
 
-    def _layout(self, tokens: int) -> BatchLayout:
+    def layout(self, tokens: int) -> BatchLayout:
+        """Return the layout of steps of `tokens` padded rows."""
         layout = self._layouts.get(tokens)
         if layout is None:
             layout = self._layouts[tokens] = batch_layout(tokens, self._limits)
@@ -135,16 +144,16 @@ class Runner:
         launched_s = time.perf_counter()
         host = self._host[self._turn % RING]
         self._turn += 1
-        updates = self._builder.apply(step)
-        key = self._key(step)
-        layout = self._layout(key.tokens)
+        updates = self.builder.apply(step)
+        key = self.key(step)
+        layout = self.layout(key.tokens)
         views = layout.views(host.metadata.numpy())
-        sampled = self._builder.build(step, layout, views, tokens_of)
-        self._send(layout, host, updates)
+        sampled = self.builder.build(step, layout, views, tokens_of)
         started, ended = self._new_event(), self._new_event()
         if started is not None:
-            started.record()
-        tokens = self._run(key, layout)
+            started.record()  # before the copy: that too takes the GPU's time
+        self.send(layout, host.metadata, updates)
+        tokens = self.run(key, layout)
         if ended is not None:
             host.tokens[: len(tokens)].copy_(tokens, non_blocking=True)
             ended.record()
@@ -171,23 +180,25 @@ class Runner:
     def _new_event(self) -> torch.cuda.Event | None:
         return torch.cuda.Event(enable_timing=True) if self.device.type == "cuda" else None
 
-    def _key(self, step: Step) -> GraphKey:
+    def key(self, step: Step) -> GraphKey:
         tokens = padded_tokens(step.shape.tokens, self.blueprint.config.graph_max_tokens)
         decode_only = step.shape.prefill_tokens == 0
         return GraphKey(tokens=tokens, decode_only=decode_only, with_lora=step.shape.lora_tokens > 0)
 
-    def _send(self, layout: BatchLayout, host: _HostBuffers, updates: PageUpdates) -> None:
-        self._device_metadata[: layout.size].copy_(host.metadata[: layout.size], non_blocking=True)
+    def send(self, layout: BatchLayout, metadata: torch.Tensor, updates: PageUpdates) -> None:
+        """Copy a step's metadata and page table changes to the device. metadata: pinned int32, with room for the changes behind the layout."""
+        self.device_metadata[: layout.size].copy_(metadata[: layout.size], non_blocking=True)
         count = len(updates.index)
         if count:
-            tail = host.metadata[layout.size : layout.size + 2 * count]
+            tail = metadata[layout.size : layout.size + 2 * count]
             tail.numpy()[:count] = updates.index
             tail.numpy()[count:] = updates.page
             self._device_updates[: 2 * count].copy_(tail, non_blocking=True)
             index = self._device_updates[:count]
             self.buffers.page_table.view(-1)[index] = self._device_updates[count : 2 * count]
 
-    def _run(self, key: GraphKey, layout: BatchLayout) -> torch.Tensor:
+    def run(self, key: GraphKey, layout: BatchLayout) -> torch.Tensor:
+        """Run the step that the device's metadata describes; return its sampled tokens on the device."""
         captured = self._graphs.get(key)
         if captured is not None:
             captured[0].replay()
@@ -195,7 +206,7 @@ class Runner:
         return self._forward(key, layout)
 
     def _forward(self, key: GraphKey, layout: BatchLayout) -> torch.Tensor:
-        batch = DeviceBatch(layout, layout.views(self._device_metadata), key.decode_only, key.with_lora)
+        batch = DeviceBatch(layout, layout.views(self.device_metadata), key.decode_only, key.with_lora)
         with torch.inference_mode():
             return self.model.forward(batch)
 
@@ -220,7 +231,7 @@ class Runner:
                     yield key
 
     def _capture_one(self, key: GraphKey, pool: tuple[int, int]) -> None:
-        layout = self._layout(key.tokens)
+        layout = self.layout(key.tokens)
         self.clear_metadata(layout)
         self._forward(key, layout)
         torch.cuda.synchronize()
@@ -231,8 +242,8 @@ class Runner:
 
     def clear_metadata(self, layout: BatchLayout) -> None:
         """Make the device's metadata that of a step without rows."""
-        self._device_metadata.zero_()
-        views = layout.views(self._device_metadata)
+        self.device_metadata.zero_()
+        views = layout.views(self.device_metadata)
         views["sequence_slots"].fill_(-1)
         views["sample_slots"].fill_(self.blueprint.config.max_num_seqs)
 

@@ -107,7 +107,9 @@ class Scheduler:
     the youngest sequence is preempted and later computed again.
     """
 
-    def __init__(self, limits: SchedulerLimits, num_pages: int, footprints: Mapping[str, AdapterFootprint]) -> None:
+    def __init__(
+        self, limits: SchedulerLimits, num_pages: int, footprints: Mapping[str, AdapterFootprint]
+    ) -> None:
         self.limits = limits
         self.pool = PagePool(num_pages)
         self.residency = Residency(self.pool, footprints)
@@ -127,7 +129,9 @@ class Scheduler:
         self._finish_ticks: list[int] = []
         self._tick = 0  # number of the next decode tick
         self._kv_base = 0  # Σ (KV tokens at join − join tick) over decoding sequences
-        self._longest: list[tuple[int, int, Sequence]] = []  # heap by −(KV at join − join tick), cleaned lazily
+        self._longest: list[
+            tuple[int, int, Sequence]
+        ] = []  # heap by −(KV at join − join tick), cleaned lazily
         self._joining: list[Sequence] = []
         self._leaving: list[Sequence] = []
         self._loads: list[Load] = []
@@ -330,7 +334,10 @@ class Scheduler:
         """Return the most KV tokens that a row of the tick being planned attends to."""
         while self._longest:
             negative_base, _, sequence = self._longest[0]
-            if sequence.phase is Phase.DECODE and sequence.prefill_tokens - sequence.join_tick == -negative_base:
+            if (
+                sequence.phase is Phase.DECODE
+                and sequence.prefill_tokens - sequence.join_tick == -negative_base
+            ):
                 return -negative_base + self._tick + 1
             heapq.heappop(self._longest)
         return 0
@@ -398,7 +405,12 @@ class Scheduler:
     def _fits(self, sequence: Sequence) -> bool:
         name = sequence.request.adapter
         cap = self.limits.max_adapters_per_step
-        if cap is not None and name is not None and name not in self._running_adapters and len(self._running_adapters) >= cap:
+        if (
+            cap is not None
+            and name is not None
+            and name not in self._running_adapters
+            and len(self._running_adapters) >= cap
+        ):
             return False
         wanted = self._pages_for(sequence.prefill_tokens)
         if self._running or self._finishing:
@@ -413,9 +425,13 @@ class Scheduler:
             if sequence.admitted_s is None:
                 self.adapter_lookups += 1
                 arrived_s = sequence.request.arrival_s
-                waited_s = sequence.resident.load_finished_s - max(arrived_s, sequence.resident.load_started_s)
+                waited_s = sequence.resident.load_finished_s - max(
+                    arrived_s, sequence.resident.load_started_s
+                )
                 sequence.load_wait_s = max(0.0, waited_s)
-                self.adapter_hits += sequence.resident.load_started_s < arrived_s and sequence.load_wait_s == 0.0
+                self.adapter_hits += (
+                    sequence.resident.load_started_s < arrived_s and sequence.load_wait_s == 0.0
+                )
         wanted = self._pages_for(sequence.prefill_tokens)
         self.residency.evict(wanted)
         sequence.pages = self.pool.allocate(wanted)
@@ -443,7 +459,9 @@ class Scheduler:
                 return False
         adapter = self.residency.start_load(name, now_s)
         weight_bytes = adapter.footprint.weight_bytes
-        self._loads.append(Load(name, adapter.slot, tuple(adapter.pages), weight_bytes, self._preempted_in_step))
+        self._loads.append(
+            Load(name, adapter.slot, tuple(adapter.pages), weight_bytes, self._preempted_in_step)
+        )
         return True
 
     # ---- ends ----
@@ -511,7 +529,12 @@ class Scheduler:
 
     def _shape_of(self, step: Step, decode_rows: int) -> StepShape:
         lora = self._lora
-        tokens, adapters, distinct, token_bytes = lora.tokens, len(lora.rows), lora.distinct_bytes, lora.token_bytes
+        tokens, adapters, distinct, token_bytes = (
+            lora.tokens,
+            len(lora.rows),
+            lora.distinct_bytes,
+            lora.token_bytes,
+        )
         seen: set[str] = set()
         prefill = pairs = kv_tokens = samples = 0
         for chunk in step.prefills:
@@ -555,7 +578,9 @@ class Scheduler:
         holders = [sequence.pages for sequence in self.running()]
         self.pool.check_integrity([*holders, *self.residency.holders()])
         slots = [sequence.slot for sequence in self.running()]
-        assert sorted(slots + self._free_slots) == list(range(self.limits.max_num_seqs)), "slots are not conserved"
+        assert sorted(slots + self._free_slots) == list(range(self.limits.max_num_seqs)), (
+            "slots are not conserved"
+        )
         decoding = [s for s in self._running if s.phase is Phase.DECODE]
         assert len(decoding) == self._decoding
         assert set(decoding) == {s for bucket in self._growth for s in bucket}

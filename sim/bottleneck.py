@@ -52,7 +52,7 @@ def bottleneck(use: Utilisation, facts: Mapping[str, float]) -> str:
     By rules, in this order: pages nearly all held by running requests or preemptions; all slots taken on average; the link busy or loads
     most of the wait; the GPU waiting for the host a fifth of the time; else, where steps run most of the time, the largest part.
     """
-    if facts["preemptions"] or use.kv_pages_mean + use.adapter_pages_mean > 0.9 and use.kv_pages_max > 0.8:
+    if facts["preemptions"] or (use.kv_pages_mean + use.adapter_pages_mean > 0.9 and use.kv_pages_max > 0.8):
         return "memory"
     if use.sequences_mean > 0.9:
         return "batch slots"

@@ -13,7 +13,7 @@ ARRIVAL = 0
 TURN = 1
 
 
-class Call(simpy.Event):  # type: ignore[misc]  # simpy comes without types for subclassing
+class Call(simpy.Event):
     """An event that calls one function at an instant."""
 
     def __init__(self, clock: Clock, at_s: float, order: int, callback: Callable[[float], None]) -> None:
@@ -24,14 +24,15 @@ class Call(simpy.Event):  # type: ignore[misc]  # simpy comes without types for 
         clock.schedule_at(self, at_s, order)
 
 
-class Clock(simpy.Environment):  # type: ignore[misc]
+class Clock(simpy.Environment):
     """SimPy's environment. Equal instants resolve by order (ARRIVAL before TURN), then by who asked first."""
 
     def schedule_at(self, event: simpy.Event, at_s: float, order: int) -> None:
         """Schedule an event at an absolute instant: SimPy's own delays would add up to another float."""
         if at_s < self._now:
             raise ValueError(f"at_s={at_s} is before now, {self._now}")
-        heappush(self._queue, (at_s, order, next(self._eid), event))
+        queue: list[Any] = self._queue
+        heappush(queue, (at_s, order, next(self._eid), event))
 
     def call_at(self, at_s: float, order: int, callback: Callable[[float], None]) -> None:
         """Call `callback(at_s)` at that instant."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from array import array
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from math import nan

@@ -92,7 +92,15 @@ class _Latencies:
 
 
 def _columns(requests: Mapping[str, Any] | pd.DataFrame) -> dict[str, Floats]:
-    names = ("arrival_s", "first_token_s", "finish_s", "output_tokens", "load_wait_s", "preemptions")
+    names = (
+        "arrival_s",
+        "scheduled_s",
+        "first_token_s",
+        "finish_s",
+        "output_tokens",
+        "load_wait_s",
+        "preemptions",
+    )
     return {name: np.asarray(requests[name], dtype=np.float64) for name in names}
 
 
@@ -127,6 +135,5 @@ def _attainment(latency: _Latencies, slo: Slo) -> float:
 def _hit_rate(requests: Mapping[str, Any] | pd.DataFrame, column: Mapping[str, Floats]) -> float:
     names = np.asarray(requests["adapter"], dtype=object)
     asked = np.array([isinstance(name, str) for name in names.tolist()], dtype=bool)
-    waits_s = column["load_wait_s"][asked]
-    waits_s = waits_s[~np.isnan(waits_s)]
+    waits_s = column["load_wait_s"][asked & ~np.isnan(column["scheduled_s"])]
     return float((waits_s == 0.0).mean()) if len(waits_s) else math.nan

@@ -20,7 +20,9 @@ ADAPTERS = {
     "r3_mlp": {"rank": 3, "targets": ("gate_proj", "down_proj", "up_proj"), "use_rslora": True},
     "r16_o": {"rank": 16, "targets": ("o_proj", "k_proj")},
 }
-LOGITS_TOLERANCE = 2e-4  # relative error of fp32 logits: two orders of summation over at most 128 terms and 2 layers
+LOGITS_TOLERANCE = (
+    2e-4  # relative error of fp32 logits: two orders of summation over at most 128 terms and 2 layers
+)
 
 
 class World:
@@ -103,7 +105,11 @@ def requests(count=8, seed=0, output=6):
     rng = np.random.default_rng(seed)
     names = [None, *ADAPTERS, None, "r64"]
     return [
-        (names[index % len(names)], rng.integers(0, 256, int(rng.integers(1, 60))).tolist(), output + index % 3)
+        (
+            names[index % len(names)],
+            rng.integers(0, 256, int(rng.integers(1, 60))).tolist(),
+            output + index % 3,
+        )
         for index in range(count)
     ]
 
@@ -127,7 +133,9 @@ def serve(engine, wanted):
 
 def check(world, engine, wanted):
     generations = serve(engine, wanted)
-    for number, (generation, (adapter, prompt, output, _)) in enumerate(zip(generations, wanted, strict=True)):
+    for number, (generation, (adapter, prompt, output, _)) in enumerate(
+        zip(generations, wanted, strict=True)
+    ):
         tokens, logits = world.expected(adapter, prompt, output)
         assert generation.tokens == tokens, f"request {number} with adapter {adapter}"
         error = (torch.stack(engine.logits[number]) - logits).norm() / logits.norm()
@@ -169,7 +177,9 @@ def test_an_adapter_without_path_gets_seeded_random_weights(world):
     plan = blueprint(world.engine().blueprint.config, specs)
     images = []
     for seed in (1, 1, 2):
-        runner = Runner(plan, load_weights(world.folder, plan.model, torch.float32, "cpu"), torch.device("cpu"), seed=seed)
+        runner = Runner(
+            plan, load_weights(world.folder, plan.model, torch.float32, "cpu"), torch.device("cpu"), seed=seed
+        )
         assert list(runner.store.register_all()) == ["x"]
         images.append(runner.store["x"].image.clone())
     assert torch.equal(images[0], images[1])

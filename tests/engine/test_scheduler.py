@@ -17,7 +17,9 @@ FOOTPRINTS = {f"a{i}": AdapterFootprint(pages=2 + i, weight_bytes=100 * (i + 1))
 
 
 def request(number, prompt=5, output=3, adapter=None, arrival_s=0.0):
-    return Request(request_id=number, arrival_s=arrival_s, prompt_tokens=prompt, output_tokens=output, adapter=adapter)
+    return Request(
+        request_id=number, arrival_s=arrival_s, prompt_tokens=prompt, output_tokens=output, adapter=adapter
+    )
 
 
 def timeline(step: Step):
@@ -221,7 +223,12 @@ def drive(scheduler, arrivals, load_steps, *, fast_forward=False):
 
 
 @settings(max_examples=80, deadline=None)
-@given(arrivals=requests_strategy, pages=st.integers(6, 40), load_steps=st.integers(1, 5), cap=st.sampled_from([None, 1, 2]))
+@given(
+    arrivals=requests_strategy,
+    pages=st.integers(6, 40),
+    load_steps=st.integers(1, 5),
+    cap=st.sampled_from([None, 1, 2]),
+)
 def test_whatever_arrives_pages_are_conserved_and_every_request_ends(arrivals, pages, load_steps, cap):
     scheduler = Scheduler(replace(LIMITS, max_adapters_per_step=cap), pages, FOOTPRINTS)
     sequences, refused, _ = drive(scheduler, arrivals, load_steps)
@@ -263,7 +270,9 @@ def test_shapes_tell_what_the_sequences_hold(arrivals, load_steps):
         kv = [s.request.prompt_tokens + before[s] for s in rows]
         assert step.shape.decode_kv_tokens == sum(kv)
         assert step.shape.decode_kv_max == max(kv, default=0)
-        names = [s.request.adapter for s in rows] + [c.sequence.request.adapter for c in step.prefills for _ in range(c.length)]
+        names = [s.request.adapter for s in rows] + [
+            c.sequence.request.adapter for c in step.prefills for _ in range(c.length)
+        ]
         names = [name for name in names if name is not None]
         weights = {name: FOOTPRINTS[name].weight_bytes for name in names}
         assert step.shape.lora_tokens == len(names)

@@ -1,0 +1,124 @@
+"""Commands of the engine: `python -m engine profile | replay`."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from engine.adapter import AdapterSpec, adapters_of_trace, load_adapters
+from engine.config import ServingConfig
+from engine.errors import UserError
+from traces import TraceError, load
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    help="The multi-LoRA engine: measure it, or serve a trace with it.",
+)
+
+
+def _tell(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+@app.command()
+def profile(
+    out: Annotated[Path, typer.Option(help="Folder to write the profile into: <model>.<gpu>.json.")],
+    model: Annotated[str, typer.Option(help="A catalogue name or a path to a config.json.")] = "llama-3.1-8b",
+    tp: Annotated[int, typer.Option(help="Tensor-parallel degree of whole steps; 1 for now.")] = 1,
+    quick: Annotated[
+        bool, typer.Option(help="Thin every grid: a minute instead of several, to try the tool.")
+    ] = False,
+    max_num_batched_tokens: Annotated[int, typer.Option(help="Largest step that is measured.")] = 2048,
+) -> None:
+    """Measure operators and whole steps on this GPU, over a designed grid, with medians over graph replays."""
+    from engine.profiler import profile as measure
+
+    config = ServingConfig(model=model, tp=tp, max_num_batched_tokens=max_num_batched_tokens)
+    target = out / f"{Path(model).stem if Path(model).exists() else model}.{config.gpu}.json"
+    if target.exists():
+        raise UserError(f"{target}: is there already")
+    data = measure(config, quick=quick, progress=_tell)
+    out.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_suffix(".tmp")
+    temporary.write_text(_compact(data), encoding="utf-8")
+    temporary.replace(target)
+    print(target)
+
+
+def _compact(data: dict[str, Any]) -> str:
+    """Return JSON with one measurement a line."""
+
+    def rows(items: list[Any], indent: str) -> str:
+        return "[\n" + ",\n".join(f"{indent} {json.dumps(item)}" for item in items) + f"\n{indent}]"
+
+    parts = []
+    for key, value in data.items():
+        if key == "operators":
+            operators = ",\n".join(
+                f"  {json.dumps(name)}: {rows(items, '  ')}" for name, items in value.items()
+            )
+            parts.append(f' "operators": {{\n{operators}\n }}')
+        elif isinstance(value, list):
+            parts.append(f" {json.dumps(key)}: {rows(value, ' ')}")
+        else:
+            parts.append(f" {json.dumps(key)}: {json.dumps(value)}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+@app.command()
+def replay(
+    trace: Annotated[Path, typer.Option(help="Trace to serve, JSON lines, .gz accepted.")],
+    config: Annotated[Path, typer.Option(help="Serving configuration: JSON, as `plan` writes it.")],
+    out: Annotated[Path, typer.Option(help="Folder for the run record; must not hold anything.")],
+    adapters: Annotated[
+        Path | None,
+        typer.Option(help="adapters.jsonl; without it ranks come from the trace, weights are random."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of prompts and of random weights.")] = 0,
+    load_level: Annotated[
+        float | None, typer.Option(help="Offered load relative to capacity, to keep in the record.")
+    ] = None,
+    raw_arrivals: Annotated[
+        bool, typer.Option(help="Take arrival_s even where arrival_spread_s is there.")
+    ] = False,
+    output_format: Annotated[str, typer.Option("--format", help="table or json.")] = "table",
+) -> None:
+    """Serve a trace in real time: random prompts, exactly the output lengths asked for, adapters cold on the GPU. Writes a run record."""
+    if output_format not in ("table", "json"):
+        raise UserError(f"--format {output_format!r} must be table or json")
+    from engine.recording import record_replay
+    from traces.run_record import check_free
+
+    check_free(out)
+    asked = load(trace, raw_arrivals=raw_arrivals)
+    serving = ServingConfig.load(config)
+    specs = _adapters(adapters, asked.adapters)
+    totals = record_replay(serving, specs, asked, out, seed=seed, load_level=load_level, progress=_tell)
+    if output_format == "json":
+        print(json.dumps({key: None if math.isnan(value) else value for key, value in totals.items()}))
+        return
+    for key, value in totals.items():
+        print(f"{key:24} {value:.6g}")
+
+
+def _adapters(path: Path | None, names: dict[str, int | None]) -> dict[str, AdapterSpec]:
+    return adapters_of_trace(names, None if path is None else load_adapters(path))
+
+
+def main() -> None:
+    """Run a command; what the user got wrong is one line on stderr and exit code 2."""
+    try:
+        app()
+    except (UserError, TraceError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""Builds an engine from a configuration: weights, adapters in host memory, captured graphs; tells its progress on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+from engine.adapter import AdapterSpec
+from engine.blueprint import Blueprint, blueprint
+from engine.config import ServingConfig
+from engine.errors import UserError
+from engine.runner import DTYPES, Runner
+from engine.weights import load_weights, random_weights
+
+Progress = Callable[[str], None]
+
+
+def device_for(config: ServingConfig) -> torch.device:
+    """Return the device that a configuration's backend needs. Raises UserError when there is none."""
+    if config.backend == "triton":
+        if not torch.cuda.is_available():
+            raise UserError(
+                "backend 'triton' needs a GPU and none is visible; use backend 'reference' on a CPU"
+            )
+        return torch.device("cuda", 0)
+    return torch.device("cpu")
+
+
+def build_runner(
+    config: ServingConfig,
+    adapters: Mapping[str, AdapterSpec],
+    *,
+    seed: int = 0,
+    progress: Progress = lambda _: None,
+    register: bool = True,
+) -> Runner:
+    """Build a runner. Weights come from `config.model` where that is a folder with safetensors, else they are random.
+
+    register: pack all adapters into host memory; the profiler does without. Raises UserError when something does not fit.
+    """
+    plan = blueprint(config, adapters)
+    device = device_for(config)
+    _check_memory(plan, device)
+    folder = Path(config.model)
+    dtype = DTYPES[config.dtype]
+    if folder.is_dir():
+        progress(f"loading weights from {folder}")
+        weights = load_weights(folder, plan.model, dtype, device)
+    else:
+        progress(f"drawing random weights of {plan.model.name}")
+        weights = random_weights(plan.model, dtype, device, seed)
+    runner = Runner(plan, weights, device, seed=seed)
+    if register:
+        for number, name in enumerate(runner.store.register_all(), start=1):
+            if number % 50 == 0 or number == len(adapters):
+                progress(f"packed {number} of {len(adapters)} adapters ({name})")
+    for number, key in enumerate(runner.capture(), start=1):
+        if number % 20 == 0:
+            progress(f"captured {number} graphs ({key.tokens} tokens)")
+    return runner
+
+
+def _check_memory(plan: Blueprint, device: torch.device) -> None:
+    if device.type != "cuda":
+        return
+    free, total = torch.cuda.mem_get_info(device)
+    wanted = plan.memory.total_bytes - plan.memory.unused_bytes
+    if wanted > free:
+        raise UserError(
+            f"the configuration wants {wanted / 1e9:.1f} GB, the GPU has {free / 1e9:.1f} GB free of {total / 1e9:.1f} GB: "
+            "lower gpu_memory_utilization or num_pages"
+        )

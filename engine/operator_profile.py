@@ -1,0 +1,346 @@
+"""Times each operator of a step alone, for the shard shapes of several tensor-parallel degrees, on cold weights.
+
+Every graph walks many weight sets (or all layers of the pool), so that what it reads comes from memory and not from the 60 MB L2, as in a real step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from engine.batch import DeviceBatch
+from engine.model_shape import GROUPS, ModelShape
+from engine.runner import Runner
+from engine.timing import captured_us, event_us
+from kernels.attention_plan import plan_decode_attention, plan_prefill_attention
+
+TP_DEGREES = (1, 2, 4, 8)
+MATMUL_TOKENS = (
+    1,
+    8,
+    16,
+    32,
+    48,
+    64,
+    96,
+    128,
+    160,
+    192,
+    224,
+    256,
+    320,
+    384,
+    448,
+    512,
+    640,
+    768,
+    896,
+    1024,
+    1536,
+    2048,
+    4096,
+    8192,
+)
+ELEMENTWISE_TOKENS = (1, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+LINEARS = ("qkv", "o", "gate_up", "down")
+ROTATED_BYTES = 400_000_000
+TRANSFER_BYTES = (65536, 2**20, 2**21, 8 * 2**20, 32 * 2**20, 84 * 2**20, 256 * 2**20)
+
+
+def profile_operators(runner: Runner, *, quick: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (operator, row) one by one; rows are those of the profile's `operators`."""
+    thin = 4 if quick else 1
+    degrees = (1,) if quick else TP_DEGREES
+    model = runner.blueprint.model
+    degrees = tuple(tp for tp in degrees if model.num_heads % tp == 0 and model.num_kv_heads % tp == 0)
+    scratch = _scratch(runner)
+    for tp in degrees:
+        for row in _matmul_rows(model, tp, scratch, MATMUL_TOKENS[::thin]):
+            yield "matmul", row
+    for tp in degrees:
+        for row in _elementwise_rows(runner, tp, ELEMENTWISE_TOKENS[::thin]):
+            yield "elementwise", row
+        for row in _decode_rows(runner, tp, thin):
+            yield "attention_decode", row
+        for row in _prefill_rows(runner, tp, thin):
+            yield "attention_prefill", row
+    for rows in (1, 16, 64, 128, 256)[::thin]:
+        logits = torch.randn(rows, model.vocab_size, dtype=runner.dtype, device=runner.device)
+        yield "sample", {"rows": rows, "us": captured_us(lambda logits=logits: torch.argmax(logits, dim=-1))}
+    for row in _transfer_rows(runner):
+        yield "transfer", row
+
+
+def _scratch(runner: Runner) -> torch.Tensor:
+    """Return 2 GB of random numbers to cut weights from."""
+    return torch.empty(2**30, dtype=runner.dtype, device=runner.device).normal_(0, 0.02)
+
+
+def _matmul_rows(
+    model: ModelShape, tp: int, scratch: torch.Tensor, token_counts: tuple[int, ...]
+) -> Iterator[dict[str, Any]]:
+    linears = model.linear_shapes(tp)
+    shapes = {
+        name: (sum(linears[module][0] for module in group), linears[group[0]][1])
+        for name, group in zip(LINEARS, GROUPS, strict=True)
+    }
+    shapes["head"] = (-(-model.vocab_size // tp), model.hidden_size)
+    for name, (out, inp) in shapes.items():
+        size = out * inp
+        copies = max(2, min(24, ROTATED_BYTES // (size * scratch.element_size())))
+        weights = [scratch[(i * size) % (len(scratch) - size) :][:size].view(out, inp) for i in range(copies)]
+        for tokens in token_counts:
+            if name == "head" and tokens > 512:
+                continue
+            used = weights if tokens <= 1024 else weights[:2]
+            x = torch.randn(tokens, inp, dtype=scratch.dtype, device=scratch.device)
+
+            def call(x: torch.Tensor = x, used: list[torch.Tensor] = used) -> None:
+                for weight in used:
+                    F.linear(x, weight)
+
+            us = captured_us(call, replays=5) / len(used)
+            yield {"tp": tp, "linear": name, "tokens": tokens, "us": us}
+
+
+def _elementwise_rows(runner: Runner, tp: int, token_counts: tuple[int, ...]) -> Iterator[dict[str, Any]]:
+    """Time the norms, the rotary embedding with its KV write, and SiLU of a layer; KV heads and width cut by tp."""
+    model, ops, config = runner.blueprint.model, runner.model.ops, runner.blueprint.config
+    heads, kv_heads = model.heads_per_rank(tp), model.kv_heads_per_rank(tp)
+    width = model.linear_shapes(tp)["up_proj"][0]
+    pool = _pool_view(runner, tp)
+    for tokens in token_counts:
+        rows = min(tokens, 256)
+        slots = (torch.arange(tokens, device=runner.device) % rows).int()
+        positions = (torch.arange(tokens, device=runner.device) // rows).int()
+        table = _page_table(runner, rows, -(-tokens // rows), pool.shape[0])
+        hidden, residual = (
+            torch.randn(tokens, model.hidden_size, dtype=runner.dtype, device=runner.device) for _ in range(2)
+        )
+        qkv = torch.randn(
+            tokens, (heads + 2 * kv_heads) * model.head_dim, dtype=runner.dtype, device=runner.device
+        )
+        gate_up = torch.randn(tokens, 2 * width, dtype=runner.dtype, device=runner.device)
+        norm = runner.model.weights.norm
+
+        def call() -> None:
+            for layer in range(model.num_layers):
+                ops.add_rms_norm_(hidden, residual, norm, model.rms_norm_eps)
+                ops.rotary_write_kv_(
+                    qkv,
+                    runner.model.cos_sin,
+                    positions,
+                    slots,
+                    table,
+                    pool,
+                    layer=layer,
+                    num_layers=model.num_layers,
+                    num_heads=heads,
+                    num_kv_heads=kv_heads,
+                    head_dim=model.head_dim,
+                    page_tokens=config.page_tokens,
+                )
+                ops.add_rms_norm_(hidden, residual, norm, model.rms_norm_eps)
+                ops.silu_mul(gate_up)
+
+        yield {"tp": tp, "tokens": tokens, "us": captured_us(call) / model.num_layers}
+
+
+def _decode_rows(runner: Runner, tp: int, thin: int) -> Iterator[dict[str, Any]]:
+    rng = np.random.default_rng(tp)
+    cases = [(rows, kv, 0.0) for rows in (1, 4, 16, 32, 64, 128, 256) for kv in (64, 256, 1024, 4096)]
+    cases += [(rows, kv, 1.0) for rows in (4, 16, 64, 256) for kv in (256, 1024)]  # skewed lengths
+    most = runner.buffers.pool.shape[0] * runner.blueprint.config.page_tokens
+    for rows, kv, skew in cases[::thin]:
+        lens = (
+            np.full(rows, kv)
+            if not skew
+            else np.clip(kv * rng.lognormal(-0.5, skew, rows), 16, 8000).astype(int)
+        )
+        if lens.sum() + 16 * rows > most:
+            continue
+        yield {
+            "tp": tp,
+            "rows": rows,
+            "kv_tokens": int(lens.sum()),
+            "kv_max": int(lens.max()),
+            "us": _decode_us(runner, tp, lens.astype(np.int32)),
+        }
+
+
+def _decode_us(runner: Runner, tp: int, lens: np.ndarray) -> float:
+    model, config = runner.blueprint.model, runner.blueprint.config
+    heads, kv_heads = model.heads_per_rank(tp), model.kv_heads_per_rank(tp)
+    pool = _pool_view(runner, tp)
+    rows = len(lens)
+    table = _page_table(runner, rows, -(-int(lens.max()) // config.page_tokens), pool.shape[0])
+    q = torch.randn(rows, heads, model.head_dim, dtype=runner.dtype, device=runner.device)
+    out = torch.empty(rows, heads * model.head_dim, dtype=runner.dtype, device=runner.device)
+    from engine.model import ATTENTION_PROGRAMS
+
+    items, combine = plan_decode_attention(
+        lens,
+        page_tokens=config.page_tokens,
+        max_partials=len(runner.buffers.partial),
+        target_items=max(1, ATTENTION_PROGRAMS // kv_heads),
+    )
+    items_gpu, num_items = _work_list(items, runner.device)
+    combine_gpu, num_combine = _work_list(combine, runner.device)
+    slots = torch.arange(rows, dtype=torch.int32, device=runner.device)
+    partial, lse = (
+        runner.buffers.partial[:, :heads].contiguous(),
+        runner.buffers.partial_lse[:, :heads].contiguous(),
+    )
+
+    def call() -> None:
+        for layer in range(model.num_layers):
+            runner.model.ops.paged_decode_attention(
+                q,
+                pool,
+                table,
+                slots,
+                items_gpu,
+                num_items,
+                combine_gpu,
+                num_combine,
+                partial,
+                lse,
+                out,
+                layer=layer,
+                num_layers=model.num_layers,
+                num_kv_heads=kv_heads,
+                head_dim=model.head_dim,
+                page_tokens=config.page_tokens,
+                num_programs=ATTENTION_PROGRAMS,
+            )
+
+    return captured_us(call) / model.num_layers
+
+
+def _prefill_rows(runner: Runner, tp: int, thin: int) -> Iterator[dict[str, Any]]:
+    cases = [
+        [(length, start)] * count
+        for length, start, count in (
+            (16, 0, 1),
+            (64, 0, 1),
+            (256, 0, 1),
+            (256, 2048, 1),
+            (512, 0, 1),
+            (512, 4096, 1),
+            (1024, 0, 1),
+            (1024, 1024, 1),
+            (1024, 4096, 1),
+            (64, 0, 8),
+            (128, 0, 8),
+            (256, 0, 4),
+            (256, 512, 4),
+            (2048, 0, 1),
+            (512, 0, 8),
+            (4096, 0, 1),
+        )
+    ]
+    for chunks in cases[::thin]:
+        tokens = sum(length for length, _ in chunks)
+        yield {
+            "tp": tp,
+            "tokens": tokens,
+            "chunks": len(chunks),
+            "pairs": sum(length * start + length * (length + 1) // 2 for length, start in chunks),
+            "kv_tokens": sum(length + start for length, start in chunks),
+            "us": _prefill_us(runner, tp, chunks, tokens),
+        }
+
+
+def _prefill_us(runner: Runner, tp: int, chunks: list[tuple[int, int]], tokens: int) -> float:
+    from engine.model import ATTENTION_PROGRAMS
+
+    model, config = runner.blueprint.model, runner.blueprint.config
+    heads, kv_heads = model.heads_per_rank(tp), model.kv_heads_per_rank(tp)
+    pool = _pool_view(runner, tp)
+    longest = max(length + start for length, start in chunks)
+    table = _page_table(runner, len(chunks), -(-longest // config.page_tokens), pool.shape[0])
+    starts = np.cumsum([0] + [length for length, _ in chunks])
+    block_q = runner.layout(1).block_q
+    plan = plan_prefill_attention(
+        [(int(starts[i]), length, start, i) for i, (length, start) in enumerate(chunks)], block_q
+    )
+    items, num_items = _work_list(plan, runner.device)
+    q = torch.randn(tokens, heads, model.head_dim, dtype=runner.dtype, device=runner.device)
+    out = torch.empty(tokens, heads * model.head_dim, dtype=runner.dtype, device=runner.device)
+
+    def call() -> None:
+        for layer in range(model.num_layers):
+            runner.model.ops.paged_prefill_attention(
+                q,
+                pool,
+                table,
+                items,
+                num_items,
+                out,
+                layer=layer,
+                num_layers=model.num_layers,
+                num_kv_heads=kv_heads,
+                head_dim=model.head_dim,
+                page_tokens=config.page_tokens,
+                block_q=block_q,
+                num_programs=ATTENTION_PROGRAMS,
+            )
+
+    return captured_us(call) / model.num_layers
+
+
+def lora_us(runner: Runner, batch: DeviceBatch) -> float:
+    """Return the microseconds of shrink + expand of one layer's seven linears, averaged over all layers."""
+    model = runner.model
+    layers = runner.blueprint.model.num_layers
+    linears = runner.blueprint.model.linear_shapes(1)
+    tokens = batch.layout.tokens
+    inputs = [
+        torch.randn(tokens, linears[group[0]][1], dtype=runner.dtype, device=runner.device)
+        for group in GROUPS
+    ]
+    outputs = [
+        torch.zeros(tokens, sum(widths), dtype=runner.dtype, device=runner.device) for widths in model.widths
+    ]
+
+    def call() -> None:
+        for layer in range(layers):
+            for group in range(len(GROUPS)):
+                model.add_lora_(batch, layer, group, inputs[group], outputs[group])
+
+    return captured_us(call) / layers
+
+
+def _transfer_rows(runner: Runner) -> Iterator[dict[str, Any]]:
+    for size in TRANSFER_BYTES:
+        host = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        target = torch.empty(size, dtype=torch.uint8, device=runner.device)
+        us = event_us(lambda host=host, target=target: target.copy_(host, non_blocking=True))
+        yield {"bytes": size, "us": us}
+
+
+def _pool_view(runner: Runner, tp: int) -> torch.Tensor:
+    """Return the pool cut into the smaller pages of one of tp GPUs."""
+    pool = runner.buffers.pool
+    return pool.view(pool.shape[0] * tp, pool.shape[1] // tp)
+
+
+def _page_table(runner: Runner, rows: int, pages: int, num_pages: int) -> torch.Tensor:
+    """Return distinct random pages for each row."""
+    generator = torch.Generator(runner.device).manual_seed(rows * 1009 + pages)
+    order = torch.randperm(num_pages, generator=generator, device=runner.device)
+    if rows * pages > num_pages:
+        raise ValueError(f"{rows} rows of {pages} pages exceed the pool's {num_pages}")
+    return order[: rows * pages].view(rows, pages).int()
+
+
+def _work_list(items: np.ndarray, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a work list on the device, one row at least, and its length."""
+    padded = np.zeros((max(1, len(items)), 4), dtype=np.int32)
+    padded[: len(items)] = items
+    length = torch.tensor([len(items)], dtype=torch.int32, device=device)
+    return torch.from_numpy(padded).to(device), length

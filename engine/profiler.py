@@ -1,0 +1,237 @@
+"""`python -m engine profile`: measures operators, whole steps, transfers and the host on the GPU, over a designed grid of shapes.
+
+The grid covers what steps of real traffic look like, corner by corner and at random between; no trace is replayed here, since replays are what the
+fitted costs are judged by.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from engine.adapter import AdapterSpec
+from engine.build import Progress, build_runner
+from engine.config import ServingConfig
+from engine.engine import Engine
+from engine.operator_profile import profile_operators
+from engine.provenance import provenance
+from engine.requests import Request
+from engine.runner import Runner
+from engine.step import StepShape
+from engine.step_profile import MadeUpStep, StepBench
+
+ATTENTION_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
+SCHEMA_VERSION = 1
+
+
+def profile_adapters() -> dict[str, AdapterSpec]:
+    """Return the adapters that the grid draws from: 200 of rank 16 on all linears, and fewer of other ranks and targets."""
+    groups = {
+        "r16": (16, 200, None),
+        "r8": (8, 32, None),
+        "r32": (32, 24, None),
+        "r64": (64, 32, None),
+        "r128": (128, 12, None),
+    }
+    groups |= {"qkvo8": (8, 96, ATTENTION_TARGETS), "qkvo64": (64, 16, ATTENTION_TARGETS)}
+    specs = {}
+    for group, (rank, count, targets) in groups.items():
+        for number in range(count):
+            name = f"{group}-{number}"
+            options: dict[str, Any] = {} if targets is None else {"target_modules": targets}
+            specs[name] = AdapterSpec(name=name, rank=rank, **options)
+    return specs
+
+
+def profile(config: ServingConfig, *, quick: bool, progress: Progress) -> dict[str, Any]:
+    """Measure everything; return the profile as JSON data. `quick` thins every grid, to try the tool."""
+    adapters = profile_adapters()
+    runner = build_runner(config, adapters, progress=progress, register=False)
+    bench = StepBench(runner)
+    progress("whole steps")
+    steps = _profile_steps(bench, config, quick=quick, progress=progress)
+    progress("lora")
+    operators: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    operators["lora"] = _profile_lora(bench, quick=quick)
+    for operator, row in profile_operators(runner, quick=quick):
+        if not operators[operator]:
+            progress(operator)
+        operators[operator].append(row | {"us": round(row["us"], 3)})
+    progress("host")
+    host = _profile_host(runner)
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "gpu": config.gpu,
+        "model": config.model,
+        "dtype": config.dtype,
+        "page_tokens": config.page_tokens,
+        "graph_max_tokens": config.graph_max_tokens,
+        **provenance(),
+        "operators": dict(operators),
+        "steps": steps,
+        "host": host,
+    }
+
+
+# ---- whole steps ----
+
+
+def _profile_steps(
+    bench: StepBench, config: ServingConfig, *, quick: bool, progress: Progress
+) -> list[dict[str, Any]]:
+    rows = []
+    grid = list(step_grid(config, count=24 if quick else 320, seed=7))
+    for number, wanted in enumerate(grid, start=1):
+        kv_tokens = sum(kv + 17 for kv, _ in wanted.decodes) + sum(s + n + 17 for s, n, _ in wanted.chunks)
+        if kv_tokens > bench.kv_capacity_tokens:
+            continue
+        shape, us = bench.measure_us(wanted)
+        rows.append({"shape": shape.to_json(), "gpu_us": round(us, 1)})
+        if number % 50 == 0:
+            progress(f"step {number} of {len(grid)}")
+    return rows
+
+
+def step_grid(config: ServingConfig, *, count: int, seed: int) -> Iterator[MadeUpStep]:
+    """Yield corners, then `count` random steps: decode rows log-uniform, KV lengths from equal to skewed, adapters from none to all."""
+    yield from _corners(config.max_num_seqs)
+    rng = np.random.default_rng(seed)
+    for number in range(count):
+        kinds = _adapter_group(rng)
+        rows = int(round(math.exp(rng.uniform(0, math.log(config.max_num_seqs)))))
+        if number % 2 == 0:
+            yield MadeUpStep(decodes=_random_decodes(rng, rows, kinds))
+            continue
+        rows = 0 if rng.random() < 0.15 else rows
+        budget = config.max_num_batched_tokens - rows
+        chunks = _random_chunks(
+            rng, min(budget, int(math.exp(rng.uniform(math.log(4), math.log(budget))))), kinds, config, rows
+        )
+        yield MadeUpStep(decodes=_random_decodes(rng, rows, kinds), chunks=chunks)
+
+
+def _corners(max_num_seqs: int) -> Iterator[MadeUpStep]:
+    for rows in (1, 2, 4, 8, 16, 32, 64, 128, max_num_seqs):
+        for kv in (128, 1024):
+            yield MadeUpStep(decodes=((kv, None),) * rows)
+        for name in ("r16", "qkvo8", "r64"):
+            count = {"r16": 200, "qkvo8": 96, "r64": 32}[name]
+            yield MadeUpStep(decodes=tuple((256, f"{name}-{row % count}") for row in range(rows)))
+            yield MadeUpStep(decodes=((256, f"{name}-0"),) * rows)
+
+
+def _adapter_group(rng: np.random.Generator) -> list[str | None]:
+    """Return the adapters that one step draws from: none, one, or some of one group or of several."""
+    groups = {"r16": 200, "r8": 32, "r32": 24, "r64": 32, "r128": 12, "qkvo8": 96, "qkvo64": 16}
+    kind = rng.random()
+    if kind < 0.15:
+        return [None]
+    if kind < 0.55:
+        picked = ["r16"]
+    else:
+        picked = rng.choice(list(groups), size=int(rng.integers(1, 5)), replace=False).tolist()
+    names: list[str | None] = [f"{group}-{number}" for group in picked for number in range(groups[group])]
+    size = int(round(math.exp(rng.uniform(0, math.log(len(names))))))
+    chosen = [names[index] for index in rng.choice(len(names), size=size, replace=False)]
+    return [*chosen, None] if rng.random() < 0.2 else chosen
+
+
+def _random_decodes(
+    rng: np.random.Generator, rows: int, names: list[str | None]
+) -> tuple[tuple[int, str | None], ...]:
+    median, spread = math.exp(rng.uniform(math.log(32), math.log(2048))), rng.uniform(0, 1.2)
+    kv = np.clip(median * rng.lognormal(0, spread, rows), 8, 8000).astype(int)
+    return tuple((int(tokens), names[int(rng.integers(len(names)))]) for tokens in kv)
+
+
+def _random_chunks(
+    rng: np.random.Generator, tokens: int, names: list[str | None], config: ServingConfig, rows: int
+) -> tuple[tuple[int, int, str | None], ...]:
+    """Cut `tokens` into one to eight chunks, the first perhaps far into a long prompt."""
+    count = min(int(rng.integers(1, 9)) if rng.random() < 0.5 else 1, tokens, config.max_num_seqs - rows)
+    if count < 1:
+        return ()
+    cuts = (
+        np.sort(rng.choice(tokens - 1, size=count - 1, replace=False) + 1)
+        if count > 1
+        else np.array([], dtype=int)
+    )
+    lengths = np.diff([0, *cuts.tolist(), tokens])
+    starts = [int(math.exp(rng.uniform(0, math.log(6000)))) if rng.random() < 0.4 else 0] + [0] * (count - 1)
+    return tuple(
+        (start, int(length), names[int(rng.integers(len(names)))])
+        for start, length in zip(starts, lengths, strict=True)
+    )
+
+
+# ---- LoRA alone ----
+
+
+def _profile_lora(bench: StepBench, *, quick: bool) -> list[dict[str, Any]]:
+    """Time one layer's shrink and expand by tokens, distinct adapters and rank."""
+    counts = {"r8": 32, "r16": 200, "r32": 24, "r64": 32, "r128": 12, "qkvo8": 96, "qkvo64": 16}
+    ranks = {"r8": 8, "r16": 16, "r32": 32, "r64": 64, "r128": 128, "qkvo8": 8, "qkvo64": 64}
+    layers = bench.runner.blueprint.model.num_layers
+    rows = []
+    for group, available in counts.items():
+        cases = [
+            (tokens, adapters)
+            for tokens in (1, 8, 32, 64, 128, 256)
+            for adapters in (1, 4, 16, 32, 64, 128, 200)
+        ]
+        cases = [(tokens, adapters) for tokens, adapters in cases if adapters <= min(tokens, available)]
+        for tokens, adapters in cases[:: 6 if quick else 1]:
+            wanted = MadeUpStep(decodes=tuple((64, f"{group}-{row % adapters}") for row in range(tokens)))
+            rows.append(_lora_row(bench, wanted, group, ranks[group], layers))
+        for tokens in (64, 256, 512, 1000)[:: 2 if quick else 1]:
+            for adapters in (1, 4):
+                chunks = tuple((0, tokens // adapters, f"{group}-{number}") for number in range(adapters))
+                rows.append(_lora_row(bench, MadeUpStep(chunks=chunks), group, ranks[group], layers))
+    return rows
+
+
+def _lora_row(bench: StepBench, wanted: MadeUpStep, group: str, rank: int, layers: int) -> dict[str, Any]:
+    shape, us = bench.measure_lora_us(wanted)
+    return {
+        "tp": 1,
+        "tokens": shape.tokens,
+        "adapters": shape.lora_adapters,
+        "rank": rank,
+        "targets": "qkvo" if group.startswith("qkvo") else "all",
+        "bytes": shape.lora_bytes // layers,
+        "token_bytes": shape.lora_token_bytes // layers,
+        "us": round(us, 3),
+    }
+
+
+# ---- the host ----
+
+
+def _profile_host(runner: Runner) -> list[dict[str, Any]]:
+    """Serve bursts of base-model requests and take the host's time a turn, by decode rows and prefill chunks: medians."""
+    samples: dict[tuple[int, int], list[float]] = defaultdict(list)
+    runner.builder.clear()
+    torch.cuda.synchronize()
+    most = runner.blueprint.config.max_num_seqs
+    for rows in sorted({1, 8, 32, 64, 128, min(192, most), most}):
+        engine = Engine(runner.blueprint, runner)
+        prompt = np.full(24, 11, dtype=np.int32)
+        for number in range(rows):
+            request = Request(
+                request_id=number, arrival_s=0.0, prompt_tokens=24, output_tokens=24 + number % 7
+            )
+            engine.add(request, prompt)
+        engine.drain()
+        for step in engine.steps[2:]:
+            shape: StepShape = step.shape
+            samples[shape.decode_rows, shape.prefill_chunks].append(step.host_s * 1e6)
+    return [
+        {"rows": rows, "prefill_chunks": chunks, "us": round(float(np.median(times)), 1)}
+        for (rows, chunks), times in sorted(samples.items())
+        if len(times) >= 3
+    ]

@@ -1,0 +1,88 @@
+"""Builds an engine, replays a trace on it and writes the run record."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from engine.adapter import AdapterSpec
+from engine.build import Progress, build_runner
+from engine.config import ServingConfig
+from engine.engine import Engine
+from engine.errors import UserError
+from engine.provenance import provenance
+from engine.replay import Served, replay, requests_frame, steps_frame
+from traces import Trace
+from traces.metrics import metrics
+from traces.run_record import RunRecord, write_run
+
+
+def record_replay(
+    config: ServingConfig,
+    adapters: Mapping[str, AdapterSpec],
+    trace: Trace,
+    out: Path,
+    *,
+    seed: int,
+    load_level: float | None,
+    progress: Progress,
+) -> dict[str, float]:
+    """Serve a trace in real time, write the record to `out`, and return its metrics."""
+    if config.gpus != 1:
+        raise UserError(
+            f"tp={config.tp}, replicas={config.replicas}: the engine replays one GPU; more are not built yet. "
+            "Replay one replica with replicas=1 and its share of the trace"
+        )
+    runner = build_runner(config, adapters, seed=seed, progress=progress)
+    engine = Engine(runner.blueprint, runner)
+    progress(f"replaying {len(trace)} requests over {trace.duration_s:.0f} s")
+    served = replay(
+        engine, trace, seed=seed, progress=lambda now_s, left: progress(f"{now_s:6.1f} s  {left} unfinished")
+    )
+    return write_record(engine, served, adapters, trace, out, seed=seed, load_level=load_level)
+
+
+def write_record(
+    engine: Engine,
+    served: list[Served],
+    adapters: Mapping[str, AdapterSpec],
+    trace: Trace,
+    out: Path,
+    *,
+    seed: int,
+    load_level: float | None,
+) -> dict[str, float]:
+    """Write what an engine did with a trace; return its metrics."""
+    config, scheduler = engine.blueprint.config, engine.scheduler
+    requests = requests_frame(served, {name: spec.rank for name, spec in adapters.items()})
+    totals = metrics(requests, adapter_loads=scheduler.residency.loads)
+    run: dict[str, Any] = {
+        "schema_version": 1,
+        "config": config.to_json(),
+        "backend": config.backend,
+        "trace": {
+            "name": trace.name,
+            "requests": len(trace),
+            "duration_s": trace.duration_s,
+            "rate_rps": trace.rate_rps,
+        },
+        "adapters": [_adapter_json(spec) for spec in adapters.values()],
+        "seed": seed,
+        "load": load_level,
+        "num_pages": engine.blueprint.memory.num_pages,
+        "page_bytes": engine.blueprint.memory.page_bytes,
+        "steps": len(engine.steps),
+        "totals": totals,
+        **provenance(),
+    }
+    write_run(out, RunRecord(run=run, requests=requests, steps=steps_frame(engine.steps)))
+    return totals
+
+
+def _adapter_json(spec: AdapterSpec) -> dict[str, Any]:
+    data = asdict(spec)
+    data["path"] = None if spec.path is None else str(spec.path)
+    del data["rank_overrides"]
+    return data

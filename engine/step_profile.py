@@ -1,0 +1,157 @@
+"""Times whole steps of chosen shapes on the GPU, exactly as the runner runs them: copy of the metadata, graph, copy of the tokens.
+
+Sequences are made up: pages at random, KV random, any adapters; no prompt has to be computed first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from engine.batch import DeviceBatch
+from engine.operator_profile import lora_us
+from engine.requests import Request
+from engine.residency import AdapterState, ResidentAdapter
+from engine.runner import Runner
+from engine.scheduler import Phase, Sequence
+from engine.step import PrefillChunk, Step, StepShape
+from engine.timing import event_us
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MadeUpStep:
+    """decodes: (KV tokens before the step, adapter) of each row; chunks: (start, length, adapter), each ending its prompt."""
+
+    decodes: tuple[tuple[int, str | None], ...] = ()
+    chunks: tuple[tuple[int, int, str | None], ...] = ()
+
+
+class StepBench:
+    """Runs made-up steps on a runner whose pool is full of random numbers and whose adapters all are resident."""
+
+    def __init__(self, runner: Runner) -> None:
+        self.runner = runner
+        self._residents = _place_adapters(runner)
+        used = sum(len(resident.pages) for resident in self._residents.values())
+        rng = np.random.default_rng(0)
+        self._kv_pages = used + rng.permutation(runner.buffers.pool.shape[0] - used)
+        plan = runner.blueprint
+        updates = 2 * plan.config.max_num_seqs * runner.buffers.page_table.shape[1]
+        size = runner.device_metadata.numel() + updates
+        self._metadata = torch.zeros(size, dtype=torch.int32, pin_memory=True)
+        self._tokens = torch.zeros(plan.config.max_num_seqs, dtype=torch.int64, pin_memory=True)
+
+    @property
+    def kv_capacity_tokens(self) -> int:
+        return len(self._kv_pages) * self.runner.blueprint.config.page_tokens
+
+    def prepare(self, wanted: MadeUpStep) -> tuple[Step, DeviceBatch]:
+        """Write a made-up step into the host metadata and the device."""
+        runner = self.runner
+        step = self._step(wanted)
+        builder = runner.builder
+        updates = builder.apply(Step(index=0, shape=step.shape))
+        for sequence in [*step.joined, *(chunk.sequence for chunk in step.prefills)]:
+            builder.enter(sequence, updates)
+        builder.apply(Step(index=0, shape=step.shape, joined=step.joined))
+        key = runner.key(step)
+        layout = runner.layout(key.tokens)
+        tokens_of = {
+            chunk.sequence: np.zeros(chunk.start + chunk.length, dtype=np.int32) + 7
+            for chunk in step.prefills
+        }
+        builder.build(step, layout, layout.views(self._metadata.numpy()), tokens_of)
+        runner.send(layout, self._metadata, updates)
+        torch.cuda.synchronize()
+        return step, DeviceBatch(layout, layout.views(runner.device_metadata), key.decode_only, key.with_lora)
+
+    def measure_us(self, wanted: MadeUpStep) -> tuple[StepShape, float]:
+        """Return a step's shape and its median time on the GPU."""
+        step, batch = self.prepare(wanted)
+        runner, layout = self.runner, batch.layout
+        key = runner.key(step)
+
+        def call() -> None:
+            runner.device_metadata[: layout.size].copy_(self._metadata[: layout.size], non_blocking=True)
+            tokens = runner.run(key, layout)
+            self._tokens[: len(tokens)].copy_(tokens, non_blocking=True)
+
+        return step.shape, event_us(call)
+
+    def measure_lora_us(self, wanted: MadeUpStep) -> tuple[StepShape, float]:
+        """Return a step's shape and the time of one layer's shrink and expand in it."""
+        step, batch = self.prepare(wanted)
+        return step.shape, lora_us(self.runner, batch)
+
+    def _step(self, wanted: MadeUpStep) -> Step:
+        self.runner.builder.clear()
+        pages = iter(self._kv_pages.tolist())
+        decodes = [
+            self._sequence(slot, kv, name, pages, Phase.DECODE)
+            for slot, (kv, name) in enumerate(wanted.decodes)
+        ]
+        chunks = []
+        for offset, (start, length, name) in enumerate(wanted.chunks):
+            sequence = self._sequence(len(decodes) + offset, start + length, name, pages, Phase.PREFILL)
+            chunks.append(PrefillChunk(sequence, start, length, True))
+        return Step(index=0, shape=self._shape(wanted), joined=decodes, prefills=chunks)
+
+    def _sequence(
+        self, slot: int, kv_tokens: int, name: str | None, pages: Iterator[int], phase: Phase
+    ) -> Sequence:
+        request = Request(
+            request_id=slot, arrival_s=0.0, prompt_tokens=kv_tokens, output_tokens=1, adapter=name
+        )
+        needed = kv_tokens // self.runner.blueprint.config.page_tokens + 1
+        return Sequence(
+            request,
+            slot,
+            kv_tokens,
+            phase,
+            slot,
+            [next(pages) for _ in range(needed)],
+            resident=None if name is None else self._residents[name],
+        )
+
+    def _shape(self, wanted: MadeUpStep) -> StepShape:
+        names = [name for _, name in wanted.decodes if name is not None]
+        names += [name for _, length, name in wanted.chunks if name is not None for _ in range(length)]
+        weight = {name: self._residents[name].footprint.weight_bytes for name in set(names)}
+        kv = [tokens + 1 for tokens, _ in wanted.decodes]
+        return StepShape(
+            decode_rows=len(kv),
+            decode_kv_tokens=sum(kv),
+            decode_kv_max=max(kv, default=0),
+            prefill_tokens=sum(length for _, length, _ in wanted.chunks),
+            prefill_chunks=len(wanted.chunks),
+            prefill_pairs=sum(
+                length * start + length * (length + 1) // 2 for start, length, _ in wanted.chunks
+            ),
+            prefill_kv_tokens=sum(start + length for start, length, _ in wanted.chunks),
+            sample_rows=len(kv) + len(wanted.chunks),
+            lora_tokens=len(names),
+            lora_adapters=len(weight),
+            lora_bytes=sum(weight.values()),
+            lora_token_bytes=sum(weight[name] for name in names),
+        )
+
+
+def _place_adapters(runner: Runner) -> dict[str, ResidentAdapter]:
+    """Fill the pool with random numbers and write every adapter's row table, as if all had been loaded."""
+    pool = runner.buffers.pool
+    for first in range(0, len(pool), 1024):
+        pool[first : first + 1024].normal_(0, 0.02)
+    residents: dict[str, ResidentAdapter] = {}
+    page = 0
+    for slot, (name, footprint) in enumerate(runner.blueprint.footprints.items()):
+        pages = list(range(page, page + footprint.pages))
+        page += footprint.pages
+        runner.loader.register(slot, pages, runner.blueprint.adapters[name])
+        table = torch.from_numpy(runner.blueprint.layout(name).table(pages))
+        pool[pages[0]].view(torch.int32)[: len(table)] = table.to(pool.device)
+        residents[name] = ResidentAdapter(name, slot, pages, footprint, AdapterState.RESIDENT)
+    torch.cuda.synchronize()
+    return residents

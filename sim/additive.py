@@ -1,0 +1,111 @@
+"""Sums of nonnegative ramps: time by several sizes, never negative and never falling."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from math import inf
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import nnls
+
+Floats = NDArray[np.float64]
+
+FOLDS = 10
+KNOT_QUANTILES = (0.25, 0.5, 0.75)
+
+
+@dataclass(frozen=True, slots=True)
+class Ramp:
+    """`slope` × how far feature `index` is between `low` and `high`."""
+
+    index: int
+    low: float
+    high: float
+    slope: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Additive:
+    """constant + Σ slope · (clip(x, low, high) − low), all coefficients ≥ 0."""
+
+    constant: float
+    ramps: tuple[Ramp, ...]
+
+    def scaled(self, factor: float) -> Additive:
+        """Return this times a factor."""
+        ramps = tuple(Ramp(ramp.index, ramp.low, ramp.high, ramp.slope * factor) for ramp in self.ramps)
+        return Additive(self.constant * factor, ramps)
+
+    def stretched(self, factors: Sequence[float]) -> Additive:
+        """Return this for features that are `factors` times what was measured: a slope for each, the knots where they are."""
+        ramps = tuple(
+            Ramp(ramp.index, ramp.low, ramp.high, ramp.slope * factors[ramp.index]) for ramp in self.ramps
+        )
+        return Additive(self.constant, ramps)
+
+    def many(self, features: Floats) -> Floats:
+        """Return the values at rows of features."""
+        total = np.full(len(features), self.constant)
+        for ramp in self.ramps:
+            total += ramp.slope * (np.clip(features[:, ramp.index], ramp.low, ramp.high) - ramp.low)
+        return total
+
+
+def fit_additive(features: Floats, y: Floats, ramps: Sequence[Ramp]) -> Additive:
+    """Fit by nonnegative least squares on relative errors; ramps that get no slope are left out."""
+    columns = [np.ones(len(y))]
+    columns += [np.clip(features[:, ramp.index], ramp.low, ramp.high) - ramp.low for ramp in ramps]
+    matrix = np.stack(columns, axis=1) / y[:, None]
+    scale = np.where(matrix.max(axis=0) > 0, matrix.max(axis=0), 1.0)
+    weights, _ = nnls(matrix / scale, np.ones(len(y)))
+    weights = weights / scale
+    kept = [(ramp, float(slope)) for ramp, slope in zip(ramps, weights[1:], strict=True) if slope > 0]
+    return Additive(
+        float(weights[0]), tuple(Ramp(ramp.index, ramp.low, ramp.high, slope) for ramp, slope in kept)
+    )
+
+
+def best_additive(features: Floats, y: Floats) -> tuple[Additive, Floats]:
+    """Fit straight lines or piecewise ones by feature, whichever has the smaller held-out error; return it and its held-out predictions."""
+    trials = []
+    for ramps in (_lines(features), _pieces(features)):
+        predicted = held_out_additive(features, y, ramps)
+        trials.append((float(np.abs(predicted / y - 1).mean()), ramps, predicted))
+    _, ramps, predicted = min(trials, key=lambda trial: trial[0])
+    return fit_additive(features, y, ramps), predicted
+
+
+def held_out_additive(features: Floats, y: Floats, ramps: Sequence[Ramp]) -> Floats:
+    """Predict each fold of the rows from the others."""
+    predicted = np.empty(len(y))
+    for fold in folds(len(y)):
+        rest = np.ones(len(y), dtype=bool)
+        rest[fold] = False
+        model = fit_additive(features[rest], y[rest], ramps) if rest.any() else Additive(float(y.mean()), ())
+        predicted[fold] = model.many(features[fold])
+    return predicted
+
+
+def folds(count: int) -> list[NDArray[np.int64]]:
+    """Return the rows of each fold: a fixed shuffle cut in at most FOLDS parts."""
+    order = np.random.default_rng(0).permutation(count)
+    return [order[start :: min(FOLDS, count)] for start in range(min(FOLDS, count))]
+
+
+def _lines(features: Floats) -> list[Ramp]:
+    return [Ramp(index, 0.0, inf) for index in range(features.shape[1])]
+
+
+def _pieces(features: Floats) -> list[Ramp]:
+    ramps = []
+    for index in range(features.shape[1]):
+        values = np.unique(features[:, index])
+        knots = (
+            np.unique(np.quantile(values[values > 0], KNOT_QUANTILES)) if (values > 0).any() else np.empty(0)
+        )
+        edges = [0.0, *knots.tolist(), inf]
+        ramps += [Ramp(index, low, high) for low, high in pairwise(edges)]
+    return ramps

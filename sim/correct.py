@@ -1,0 +1,69 @@
+"""Whole measured steps correct the composed operators: one factor a group, never negative, drawn towards 1."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import nnls
+
+from sim.additive import folds
+from sim.fit import FitQuality, quality
+
+Floats = NDArray[np.float64]
+
+GROUPS = ("dense", "attention_decode", "attention_prefill", "lora", "head")
+STRENGTHS = (
+    1e-4,
+    1e-3,
+    1e-2,
+    1e-1,
+)  # of the pull towards 1; the one with the smallest held-out error is taken
+
+
+@dataclass(frozen=True, slots=True)
+class Correction:
+    """step = constant + Σ factor · group."""
+
+    constant_us: float
+    factors: Mapping[str, float]
+
+
+def correct(groups_us: Floats, measured_us: Floats) -> tuple[Correction, FitQuality | None, Floats]:
+    """Fit the correction; return it, how good it is, and the relative errors held out. Without steps it changes nothing."""
+    if not len(measured_us):
+        return Correction(0.0, dict.fromkeys(GROUPS, 1.0)), None, np.empty(0)
+    trials = []
+    for strength in STRENGTHS:
+        predicted = np.empty(len(measured_us))
+        for fold in folds(len(measured_us)):
+            rest = np.ones(len(measured_us), dtype=bool)
+            rest[fold] = False
+            predicted[fold] = _predict(_solve(groups_us[rest], measured_us[rest], strength), groups_us[fold])
+        trials.append((float(np.abs(predicted / measured_us - 1).mean()), strength, predicted))
+    _, strength, held_out = min(trials, key=lambda trial: trial[0])
+    weights = _solve(groups_us, measured_us, strength)
+    factors = dict(zip(GROUPS, weights[1:].tolist(), strict=True))
+    fit = quality("whole step", "corrected sum", _predict(weights, groups_us), held_out, measured_us)
+    return Correction(float(weights[0]), factors), fit, held_out / measured_us - 1
+
+
+def _predict(weights: Floats, groups_us: Floats) -> Floats:
+    total: Floats = weights[0] + groups_us @ weights[1:]
+    return total
+
+
+def _solve(groups_us: Floats, measured_us: Floats, strength: float) -> Floats:
+    """Least squares of relative errors, with rows that pull the constant to 0 and every factor to 1."""
+    count = len(measured_us)
+    columns = (
+        np.column_stack([np.ones(count), groups_us]) / measured_us[:, None] if count else np.empty((0, 6))
+    )
+    unit = np.array([float(np.median(measured_us)) if count else 1.0, *np.ones(len(GROUPS))])
+    pull = np.sqrt(strength * max(count, 1)) / unit
+    matrix = np.vstack([columns, np.diag(pull)])
+    target = np.concatenate([np.ones(count), [0.0], pull[1:]])
+    solution: Floats = nnls(matrix, target)[0]
+    return solution

@@ -1,0 +1,142 @@
+"""Fit each measured operator on its own, by methods that cannot go negative, and say how far off they are on rows held out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sim.additive import Additive, best_additive
+from sim.curve import Curve, best_curve
+from sim.profile import LINEARS, Profile, Table
+
+Floats = NDArray[np.float64]
+
+ADDITIVE = {
+    "attention_decode": ("rows", "kv_tokens", "kv_max"),
+    "attention_prefill": ("tokens", "chunks", "pairs", "kv_tokens"),
+    "lora": ("adapters", "tokens", "bytes", "token_bytes"),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class FitQuality:
+    """Absolute relative errors of a fit, on the rows it saw and on rows held out of it (k-fold; NaN where there were too few)."""
+
+    name: str
+    rows: int
+    method: str
+    median_error: float
+    worst_error: float
+    held_out_median_error: float
+    held_out_worst_error: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class FitReport:
+    """How well a profile is described: by operator, and for whole steps.
+
+    step_errors: predicted over measured − 1 of each whole step, held out; what intervals are drawn from.
+    """
+
+    operators: tuple[FitQuality, ...]
+    steps: FitQuality | None
+    step_errors: Floats
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class OperatorFits:
+    """Microseconds of one layer's operators by TP degree, and of what a step does once. Curves are by tokens, rows or bytes."""
+
+    matmul: Mapping[tuple[int, str], Curve]
+    elementwise: Mapping[int, Curve]
+    additive: Mapping[str, Mapping[int, Additive]]
+    sample: Curve
+    transfer: Additive
+    host: Additive
+    collective: Mapping[int, Curve]
+    quality: tuple[FitQuality, ...]
+    largest: Mapping[str, Mapping[str, float]]  # operator -> column -> largest measured
+
+
+@lru_cache(maxsize=8)
+def fit_operators(profile: Profile) -> OperatorFits:
+    """Fit every operator of a profile; one profile is fitted once."""
+    qualities: list[FitQuality] = []
+    operators = profile.operators
+    matmul, elementwise, collective = {}, {}, {}
+    for tp in _values(operators["matmul"], "tp"):
+        for linear in LINEARS:
+            table = operators["matmul"].where(tp=tp, linear=linear)
+            if len(table):
+                matmul[tp, linear] = _curve(f"matmul {linear} tp{tp}", table, "tokens", qualities)
+    for tp in _values(operators["elementwise"], "tp"):
+        elementwise[tp] = _curve(
+            f"elementwise tp{tp}", operators["elementwise"].where(tp=tp), "tokens", qualities
+        )
+    for ranks in _values(operators["collective"], "ranks"):
+        table = operators["collective"].where(ranks=ranks, op="all_reduce")
+        if len(table):
+            collective[ranks] = _curve(f"all_reduce {ranks} ranks", table, "bytes", qualities)
+    additive = {name: _by_tp(name, operators[name], columns, qualities) for name, columns in ADDITIVE.items()}
+    return OperatorFits(
+        matmul=matmul,
+        elementwise=elementwise,
+        additive=additive,
+        sample=_curve("sample", operators["sample"], "rows", qualities),
+        transfer=_additive("transfer", operators["transfer"], ("bytes",), qualities),
+        host=_additive("host", profile.host, ("rows", "prefill_chunks"), qualities),
+        collective=collective,
+        quality=tuple(qualities),
+        largest={
+            name: {column: float(values.max()) for column, values in table.numbers.items()}
+            for name, table in operators.items()
+            if len(table)
+        },
+    )
+
+
+def quality(name: str, method: str, fitted: Floats, held_out: Floats, measured: Floats) -> FitQuality:
+    """Compare predictions with measurements."""
+    seen = np.abs(fitted / measured - 1)
+    unseen = np.abs(held_out / measured - 1)
+    unseen = unseen[~np.isnan(unseen)]
+    return FitQuality(
+        name=name,
+        rows=len(measured),
+        method=method,
+        median_error=float(np.median(seen)),
+        worst_error=float(seen.max()),
+        held_out_median_error=float(np.median(unseen)) if len(unseen) else float("nan"),
+        held_out_worst_error=float(unseen.max()) if len(unseen) else float("nan"),
+    )
+
+
+def _values(table: Table, column: str) -> list[int]:
+    return [int(value) for value in np.unique(table.numbers[column])]
+
+
+def _curve(name: str, table: Table, column: str, qualities: list[FitQuality]) -> Curve:
+    x, y = table.numbers[column], table.numbers["us"]
+    curve, held_out = best_curve(x, y)
+    qualities.append(quality(name, "monotone curve", curve.many(x), held_out, y))
+    return curve
+
+
+def _additive(name: str, table: Table, columns: tuple[str, ...], qualities: list[FitQuality]) -> Additive:
+    features = np.stack([table.numbers[column] for column in columns], axis=1)
+    y = table.numbers["us"]
+    model, held_out = best_additive(features, y)
+    qualities.append(quality(name, "nonnegative ramps", model.many(features), held_out, y))
+    return model
+
+
+def _by_tp(
+    name: str, table: Table, columns: tuple[str, ...], qualities: list[FitQuality]
+) -> dict[int, Additive]:
+    return {
+        tp: _additive(f"{name} tp{tp}", table.where(tp=tp), columns, qualities) for tp in _values(table, "tp")
+    }

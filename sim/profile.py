@@ -1,0 +1,226 @@
+"""A profile: what the engine's operators and whole steps took on one GPU, as `python -m engine profile` measured it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.config import ServingConfig
+from engine.errors import UserError
+from engine.model_shape import ModelShape, load_model_shape
+from engine.step import StepShape
+
+Floats = NDArray[np.float64]
+
+SCHEMA_VERSION = 1
+PROFILES = Path(__file__).parent / "profiles"
+
+# Operator -> numbers that each of its rows must have, beside `us`.
+NUMBERS: dict[str, tuple[str, ...]] = {
+    "matmul": ("tp", "tokens"),
+    "attention_decode": ("tp", "rows", "kv_tokens", "kv_max"),
+    "attention_prefill": ("tp", "tokens", "chunks", "pairs", "kv_tokens"),
+    "elementwise": ("tp", "tokens"),
+    "lora": ("tp", "tokens", "adapters", "bytes", "token_bytes"),
+    "sample": ("rows",),
+    "transfer": ("bytes",),
+    "collective": ("ranks", "bytes"),
+}
+WORDS: dict[str, tuple[str, ...]] = {"matmul": ("linear",), "collective": ("op",)}
+LINEARS = ("qkv", "o", "gate_up", "down", "head")
+OPTIONAL = {"collective"}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Table:
+    """Measurements of one operator by column; `us` is the time in microseconds."""
+
+    numbers: Mapping[str, Floats]
+    words: Mapping[str, tuple[str, ...]]
+
+    def __len__(self) -> int:
+        return len(self.numbers["us"])
+
+    def where(self, **wanted: float | str) -> Table:
+        """Return the rows that have these values."""
+        keep = np.ones(len(self), dtype=bool)
+        for name, value in wanted.items():
+            if isinstance(value, str):
+                keep &= np.array([word == value for word in self.words[name]], dtype=bool)
+            else:
+                keep &= self.numbers[name] == value
+        words = {
+            name: tuple(word for word, kept in zip(values, keep.tolist(), strict=True) if kept)
+            for name, values in self.words.items()
+        }
+        return Table({name: values[keep] for name, values in self.numbers.items()}, words)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Profile:
+    """Measurements on one GPU of one model's shapes.
+
+    steps: whole captured steps at TP 1 and their GPU microseconds. host: rows, prefill chunks and microseconds of one loop turn.
+    provenance: GPU name, driver, versions, commit, date and command, to show. collective_source: where collectives come from.
+    """
+
+    source: str
+    gpu: str
+    model: ModelShape
+    dtype: str
+    page_tokens: int
+    graph_max_tokens: int
+    operators: Mapping[str, Table]
+    steps: tuple[StepShape, ...]
+    steps_us: Floats
+    host: Table
+    provenance: Mapping[str, Any]
+    collective_source: str
+
+
+def load_profile(path: str | Path) -> Profile:
+    """Read a profile. Raises UserError naming the file and the place in it."""
+    return parse_profile(_read_json(Path(path)), str(path))
+
+
+def find_profile(config: ServingConfig) -> Path:
+    """Return the shipped profile for a configuration: of its model and GPU, else of another model on that GPU."""
+    gpu = config.gpu.lower()
+    exact = PROFILES / f"{config.model.lower()}.{gpu}.json"
+    if "/" not in config.model and exact.is_file():
+        return exact
+    others = sorted(
+        path for path in PROFILES.glob(f"*.{gpu}.json") if not path.name.startswith("collectives.")
+    )
+    if not others:
+        raise UserError(f"no profile of gpu {config.gpu!r} in {PROFILES}; give one with --profile")
+    return others[0]
+
+
+def parse_profile(data: Any, source: str) -> Profile:
+    """Check a profile's JSON form. Raises UserError naming the place."""
+    if not isinstance(data, dict):
+        raise UserError(f"{source}: a profile must be a JSON object, got {type(data).__name__}")
+    if data.get("schema_version") != SCHEMA_VERSION:
+        raise UserError(f"{source}: schema_version={data.get('schema_version')!r} must be {SCHEMA_VERSION}")
+    operators, collective_source = _operators(data, source)
+    shapes, steps_us = _steps(data.get("steps"), source)
+    return Profile(
+        source=source,
+        gpu=_text(data, "gpu", source),
+        model=load_model_shape(_text(data, "model", source)),
+        dtype=_text(data, "dtype", source),
+        page_tokens=_count(data, "page_tokens", source),
+        graph_max_tokens=_count(data, "graph_max_tokens", source),
+        operators=operators,
+        steps=shapes,
+        steps_us=steps_us,
+        host=_table(data.get("host"), ("rows", "prefill_chunks"), (), f"{source}: host"),
+        provenance={
+            name: data.get(name) for name in ("gpu_name", "driver", "versions", "commit", "date", "command")
+        },
+        collective_source=collective_source,
+    )
+
+
+def _operators(data: Mapping[str, Any], source: str) -> tuple[dict[str, Table], str]:
+    given = data.get("operators")
+    if not isinstance(given, dict):
+        raise UserError(f"{source}: operators must be an object")
+    given = dict(given)
+    collective_source = source
+    if not given.get("collective"):
+        given["collective"], collective_source = _shipped_collectives(data)
+    tables = {}
+    for name, numbers in NUMBERS.items():
+        place = f"{source}: operators.{name}"
+        tables[name] = _table(given.get(name), numbers, WORDS.get(name, ()), place, optional=name in OPTIONAL)
+    for linear in tables["matmul"].words["linear"]:
+        if linear not in LINEARS:
+            raise UserError(
+                f"{source}: operators.matmul: linear={linear!r} must be one of {', '.join(LINEARS)}"
+            )
+    return tables, collective_source
+
+
+def _shipped_collectives(data: Mapping[str, Any]) -> tuple[list[Any], str]:
+    path = PROFILES / f"collectives.{data.get('gpu')}.json"
+    if not path.is_file():
+        return [], "none"
+    return _read_json(path)["rows"], path.name
+
+
+def _table(
+    rows: Any, numbers: tuple[str, ...], words: tuple[str, ...], place: str, *, optional: bool = False
+) -> Table:
+    if not isinstance(rows, list) or not (rows or optional):
+        raise UserError(f"{place} must be a list of measurements with at least one")
+    columns: dict[str, list[float]] = {name: [] for name in (*numbers, "us")}
+    texts: dict[str, list[str]] = {name: [] for name in words}
+    for index, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise UserError(f"{place}[{index}] must be an object")
+        for name, column in columns.items():
+            column.append(_number(row, name, f"{place}[{index}]"))
+        for name, text in texts.items():
+            text.append(_text(row, name, f"{place}[{index}]"))
+    return Table(
+        {name: np.array(column) for name, column in columns.items()},
+        {name: tuple(text) for name, text in texts.items()},
+    )
+
+
+def _steps(rows: Any, source: str) -> tuple[tuple[StepShape, ...], Floats]:
+    if rows is None:
+        rows = []
+    if not isinstance(rows, list):
+        raise UserError(f"{source}: steps must be a list")
+    shapes, times_us = [], []
+    for index, row in enumerate(rows):
+        place = f"{source}: steps[{index}]"
+        if not isinstance(row, dict) or not isinstance(row.get("shape"), dict):
+            raise UserError(f"{place} must be an object with shape and gpu_us")
+        for name in StepShape.__slots__:
+            _number(row["shape"], name, f"{place}.shape")
+        shapes.append(StepShape.from_json(row["shape"]))
+        times_us.append(_number(row, "gpu_us", place))
+    return tuple(shapes), np.array(times_us)
+
+
+def _number(row: Mapping[str, Any], name: str, place: str) -> float:
+    value = row.get(name)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise UserError(f"{place}: {name}={value!r} must be a finite number")
+    if value < 0 or (value == 0 and name in ("us", "gpu_us", "tp")):
+        raise UserError(f"{place}: {name}={value!r} must be above 0")
+    return float(value)
+
+
+def _text(row: Mapping[str, Any], name: str, place: str) -> str:
+    value = row.get(name)
+    if not isinstance(value, str) or not value:
+        raise UserError(f"{place}: {name}={value!r} must be a name")
+    return value
+
+
+def _count(row: Mapping[str, Any], name: str, place: str) -> int:
+    value = row.get(name)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise UserError(f"{place}: {name}={value!r} must be a whole number of at least 0")
+    return value
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON: {error}") from None
