@@ -40,7 +40,10 @@ class Additive:
         return Additive(self.constant * factor, ramps)
 
     def stretched(self, factors: Sequence[float]) -> Additive:
-        """Return this for features that are `factors` times what was measured: a slope for each, the knots where they are."""
+        """Return this for features that are `factors` times what was measured:
+
+        a slope for each, the knots where they are.
+        """
         ramps = tuple(
             Ramp(ramp.index, ramp.low, ramp.high, ramp.slope * factors[ramp.index]) for ramp in self.ramps
         )
@@ -69,7 +72,9 @@ def fit_additive(features: Floats, y: Floats, ramps: Sequence[Ramp]) -> Additive
 
 
 def best_additive(features: Floats, y: Floats) -> tuple[Additive, Floats]:
-    """Fit straight lines or piecewise ones by feature, whichever has the smaller held-out error; return it and its held-out predictions."""
+    """Fit straight lines or piecewise ones by feature, whichever has the smaller held-out error; return it
+    and its held-out predictions.
+    """
     trials = []
     for ramps in (_lines(features), _pieces(features)):
         predicted = held_out_additive(features, y, ramps)

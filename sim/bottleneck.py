@@ -47,10 +47,13 @@ def facts_of(columns: Mapping[str, Column], cluster: Cluster) -> dict[str, float
 
 
 def bottleneck(use: Utilisation, facts: Mapping[str, float]) -> str:
-    """Name what bounds throughput: "memory", "batch slots", "adapter loads", "host", a part of the GPU's time, or "none".
+    """Name what bounds throughput:
 
-    By rules, in this order: pages nearly all held by running requests or preemptions; all slots taken on average; the link busy or loads
-    most of the wait; the GPU waiting for the host a fifth of the time; else, where steps run most of the time, the largest part.
+    "memory", "batch slots", "adapter loads", "host", a part of the GPU's time, or "none".
+
+    By rules, in this order: pages nearly all held by running requests or preemptions; all slots taken on
+    average; the link busy or loads most of the wait; the GPU waiting for the host a fifth of the time; else,
+    where steps run most of the time, the largest part.
     """
     if facts["preemptions"] or (use.kv_pages_mean + use.adapter_pages_mean > 0.9 and use.kv_pages_max > 0.8):
         return "memory"

@@ -1,4 +1,7 @@
-"""Simulated time: SimPy's environment, with callbacks at absolute instants and an explicit order of what happens at one instant."""
+"""Simulated time:
+
+SimPy's environment, with callbacks at absolute instants and an explicit order of what happens at one instant.
+"""
 
 from __future__ import annotations
 

@@ -65,7 +65,10 @@ class Cluster:
 
 
 class Arrivals:
-    """Feeds a trace into a cluster, one arrival at a time. A request's id in the simulation is its row in the trace."""
+    """Feeds a trace into a cluster, one arrival at a time.
+
+    A request's id in the simulation is its row in the trace.
+    """
 
     def __init__(
         self, clock: Clock, cluster: Cluster, trace: Trace, on_arrival: Callable[[int, float], None] | None

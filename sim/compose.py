@@ -1,4 +1,7 @@
-"""One layer's operators for a model at a TP degree: measured where they were, else scaled by the bytes and operations that change."""
+"""One layer's operators for a model at a TP degree:
+
+measured where they were, else scaled by the bytes and operations that change.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,10 @@ SAMPLE_BYTES = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layer:
-    """Microseconds of one layer (head and collectives: of the whole step). measured: of this model at TP 1, the only degree at which whole steps were measured."""
+    """Microseconds of one layer (head and collectives:
+
+    of the whole step). measured: of this model at TP 1, the only degree at which whole steps were measured.
+    """
 
     dense_us: Callable[[int], float]
     head_us: Callable[[int], float]
@@ -43,7 +49,10 @@ class Layer:
 
 
 def layer_of(fits: OperatorFits, profile: Profile, model: ModelShape, tp: int) -> Layer:
-    """Compose. Raises UserError where the model cannot be cut over `tp` GPUs or nothing is known of collectives."""
+    """Compose.
+
+    Raises UserError where the model cannot be cut over `tp` GPUs or nothing is known of collectives.
+    """
     model.validate_tp(tp)
     same = model == profile.model
     heads = _ratio(
@@ -81,7 +90,10 @@ def _dense(fits: OperatorFits, profile: Profile, model: ModelShape, tp: int) -> 
 
 
 def _width(profiled: ModelShape, model: ModelShape, tp: int) -> float:
-    """Return how much wider the elementwise operators are: norms see the whole hidden state, the rest its share."""
+    """Return how much wider the elementwise operators are:
+
+    norms see the whole hidden state, the rest its share.
+    """
 
     def elements(shape: ModelShape, ranks: int) -> int:
         shapes = shape.linear_shapes(ranks)
@@ -101,7 +113,10 @@ def _head(fits: OperatorFits, profile: Profile, model: ModelShape, tp: int) -> C
 def _linear(
     fits: OperatorFits, profile: Profile, model: ModelShape, tp: int, linear: str
 ) -> Callable[[int], float]:
-    """Return a product's microseconds by rows: as measured, times how its roofline changes where it is another one."""
+    """Return a product's microseconds by rows:
+
+    as measured, times how its roofline changes where it is another one.
+    """
     measured_tp = tp if (tp, linear) in fits.matmul else 1
     curve = fits.matmul.get((measured_tp, linear))
     if curve is None:
@@ -135,7 +150,9 @@ def _roofline_s(size: tuple[int, int], rows: int, gpu: GpuSpec, itemsize: int) -
 def _attention(
     fitted: Mapping[int, Additive], tp: int, same: bool, share: float, factors: tuple[float, ...]
 ) -> Additive:
-    """Return the measured cost where it is of this model and TP degree, else that of TP 1 with fewer or other heads."""
+    """Return the measured cost where it is of this model and TP degree, else that of TP 1 with fewer or other
+    heads.
+    """
     if same and tp in fitted:
         return fitted[tp]
     return fitted[1].stretched(factors) if share != 1.0 else fitted[1]
@@ -148,7 +165,9 @@ def _nearest(fitted: Mapping[int, T], tp: int) -> T:
 def _collectives(
     fits: OperatorFits, profile: Profile, model: ModelShape, tp: int
 ) -> Callable[[int, int], float]:
-    """Two all-reduces a layer and one after the embedding, of the hidden states; one of the sampled rows' best tokens."""
+    """Two all-reduces a layer and one after the embedding, of the hidden states; one of the sampled rows'
+    best tokens.
+    """
     if tp == 1:
         return lambda tokens, rows: 0.0
     reduce_us = _all_reduce(fits, profile, tp)
@@ -160,8 +179,9 @@ def _collectives(
 def _all_reduce(fits: OperatorFits, profile: Profile, ranks: int) -> Callable[[float], float]:
     """Return an all-reduce's microseconds by bytes.
 
-    Between as many GPUs as were measured: as measured. Else from 2: T(n) = α·log2 n + (T(2) − α)·2(n − 1)/n, α being T(2) at the fewest
-    bytes: latency grows with the depth of a tree, bytes as a ring moves them. Source of the bytes' term: Patarasuk and Yuan, 2009.
+    Between as many GPUs as were measured: as measured. Else from 2: T(n) = α·log2 n + (T(2) − α)·2(n − 1)/n,
+    α being T(2) at the fewest bytes: latency grows with the depth of a tree, bytes as a ring moves them.
+    Source of the bytes' term: Patarasuk and Yuan, 2009.
     """
     if ranks in fits.collective:
         return fits.collective[ranks]

@@ -1,4 +1,7 @@
-"""Whole measured steps correct the composed operators: one factor a group, never negative, drawn towards 1."""
+"""Whole measured steps correct the composed operators:
+
+one factor a group, never negative, drawn towards 1.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,10 @@ class Correction:
 
 
 def correct(groups_us: Floats, measured_us: Floats) -> tuple[Correction, FitQuality | None, Floats]:
-    """Fit the correction; return it, how good it is, and the relative errors held out. Without steps it changes nothing."""
+    """Fit the correction; return it, how good it is, and the relative errors held out.
+
+    Without steps it changes nothing.
+    """
     if not len(measured_us):
         return Correction(0.0, dict.fromkeys(GROUPS, 1.0)), None, np.empty(0)
     trials = []

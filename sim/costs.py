@@ -2,7 +2,8 @@
 
     step = L · (Σ matmul + elementwise + decode attention + prefill attention + LoRA) + head + sample + collectives
 
-with tokens padded to the graphs' sizes as the engine pads them. Then whole measured steps correct each group by a factor ≥ 0.
+with tokens padded to the graphs' sizes as the engine pads them. Then whole measured steps correct each group
+by a factor ≥ 0.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ DEFAULT_MAX_NUM_SEQS = ServingConfig().max_num_seqs
 class Setting:
     """What composes a step's cost beside its shape.
 
-    sample_rows: most rows whose next token is computed in a step: the engine computes min(padded tokens, max_num_seqs) of them.
+    sample_rows: most rows whose next token is computed in a step: the engine computes min(padded tokens,
+    max_num_seqs) of them.
     """
 
     tp: int
@@ -137,8 +139,8 @@ class StepCosts:
     def provenance(self, shape: StepShape) -> Provenance:
         """Say where the price of a step comes from.
 
-        measured: this very step was measured. interpolated: every size lies within what was measured, of this model at this TP degree.
-        extrapolated: otherwise.
+        measured: this very step was measured. interpolated: every size lies within what was measured, of this
+        model at this TP degree. extrapolated: otherwise.
         """
         if not self._layer.measured or not self._within(shape):
             return "extrapolated"
@@ -192,8 +194,9 @@ def fit_costs(
 ) -> StepCosts:
     """Fit a profile and compose its operators to `model` (None: the profiled one) on `tp` GPUs.
 
-    graph_max_tokens, max_num_seqs: of the configuration that will run; None is the profile's. Raises UserError where the model cannot be cut
-    over so many GPUs, or collectives are needed and nothing is known of them.
+    graph_max_tokens, max_num_seqs: of the configuration that will run; None is the profile's. Raises
+    UserError where the model cannot be cut over so many GPUs, or collectives are needed and nothing is known
+    of them.
     """
     setting = Setting(
         tp=tp,

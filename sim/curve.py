@@ -15,8 +15,11 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Curve:
-    """A nondecreasing curve: measurements made monotone (isotonic regression), interpolated between, flat below the first size, and
-    beyond the last straight on with the mean slope from the size of half that."""
+    """A nondecreasing curve:
+
+    measurements made monotone (isotonic regression), interpolated between, flat below the first size, and
+    beyond the last straight on with the mean slope from the size of half that.
+    """
 
     x: Floats
     y: Floats

@@ -1,4 +1,6 @@
-"""Fit each measured operator on its own, by methods that cannot go negative, and say how far off they are on rows held out."""
+"""Fit each measured operator on its own, by methods that cannot go negative, and say how far off they are on
+rows held out.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ ADDITIVE = {
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class FitQuality:
-    """Absolute relative errors of a fit, on the rows it saw and on rows held out of it (k-fold; NaN where there were too few)."""
+    """Absolute relative errors of a fit, on the rows it saw and on rows held out of it (k-fold; NaN where
+    there were too few).
+    """
 
     name: str
     rows: int
@@ -49,7 +53,10 @@ class FitReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class OperatorFits:
-    """Microseconds of one layer's operators by TP degree, and of what a step does once. Curves are by tokens, rows or bytes."""
+    """Microseconds of one layer's operators by TP degree, and of what a step does once.
+
+    Curves are by tokens, rows or bytes.
+    """
 
     matmul: Mapping[tuple[int, str], Curve]
     elementwise: Mapping[int, Curve]

@@ -12,7 +12,8 @@ from engine.step import Load
 class LoadQueue:
     """Loads one after the other; a load may have to wait for a step to complete before its copy starts.
 
-    Under tensor parallelism every rank loads its shard over its own link at the same time, so one queue stands for all.
+    Under tensor parallelism every rank loads its shard over its own link at the same time, so one queue
+    stands for all.
     """
 
     def __init__(self, load_s: Callable[[int], float]) -> None:

@@ -1,4 +1,7 @@
-"""What is written down while a simulation runs: each request's instants, and how busy GPU, memory and link were."""
+"""What is written down while a simulation runs:
+
+each request's instants, and how busy GPU, memory and link were.
+"""
 
 from __future__ import annotations
 
@@ -127,7 +130,9 @@ class Observer:
             self._steps.append(StepRow(self._replica, start_s, duration_s, shape))
 
     def ran_segment(self, shape: StepShape, starts_s: Floats, gpu_s: float) -> None:
-        """Note a run of decode steps, the first of `shape`; `starts_s` holds their starts and the end of the last."""
+        """Note a run of decode steps, the first of `shape`; `starts_s` holds their starts and the end of the
+        last.
+        """
         self._add(shape, len(starts_s) - 1, float(starts_s[-1] - starts_s[0]), gpu_s)
         if self._steps is None:
             return

@@ -1,4 +1,7 @@
-"""A profile: what the engine's operators and whole steps took on one GPU, as `python -m engine profile` measured it."""
+"""A profile:
+
+what the engine's operators and whole steps took on one GPU, as `python -m engine profile` measured it.
+"""
 
 from __future__ import annotations
 
@@ -67,8 +70,9 @@ class Table:
 class Profile:
     """Measurements on one GPU of one model's shapes.
 
-    steps: whole captured steps at TP 1 and their GPU microseconds. host: rows, prefill chunks and microseconds of one loop turn.
-    provenance: GPU name, driver, versions, commit, date and command, to show. collective_source: where collectives come from.
+    steps: whole captured steps at TP 1 and their GPU microseconds. host: rows, prefill chunks and
+    microseconds of one loop turn. provenance: GPU name, driver, versions, commit, date and command, to show.
+    collective_source: where collectives come from.
     """
 
     source: str
@@ -91,7 +95,9 @@ def load_profile(path: str | Path) -> Profile:
 
 
 def find_profile(config: ServingConfig) -> Path:
-    """Return the shipped profile for a configuration: of its model and GPU, else of another model on that GPU."""
+    """Return the shipped profile for a configuration: of its model and GPU, else of another model on that
+    GPU.
+    """
     gpu = config.gpu.lower()
     exact = PROFILES / f"{config.model.lower()}.{gpu}.json"
     if "/" not in config.model and exact.is_file():

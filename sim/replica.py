@@ -1,11 +1,14 @@
-"""One replica in simulated time: the engine's scheduler, driven as the engine drives it, with the cost model as its GPU.
+"""One replica in simulated time:
 
-The engine plans step n+2 when step n has completed, which is when step n+1 starts. So there is one rule: **at the start of each step
-the next one is planned**; what arrived or was loaded by then is seen. A replica with nothing to run plans when something comes, and its
-step starts when the host has prepared it.
+the engine's scheduler, driven as the engine drives it, with the cost model as its GPU.
 
-Fast-forward: while the scheduler says that it would plan the same step again, a run of equal steps (a segment) is one event. The plan
-that ends it is made at the start of its last step; an arrival inside the segment moves that forward to the next step's start.
+The engine plans step n+2 when step n has completed, which is when step n+1 starts. So there is one rule: **at
+the start of each step the next one is planned**; what arrived or was loaded by then is seen. A replica with
+nothing to run plans when something comes, and its step starts when the host has prepared it.
+
+Fast-forward: while the scheduler says that it would plan the same step again, a run of equal steps (a
+segment) is one event. The plan that ends it is made at the start of its last step; an arrival inside the
+segment moves that forward to the next step's start.
 """
 
 from __future__ import annotations
@@ -158,7 +161,9 @@ class Replica:
             self._schedule_segment_plan()
 
     def _cut(self, at_s: float) -> None:
-        """Make the first step that starts at or after `at_s` the segment's last, unless it ends earlier anyway."""
+        """Make the first step that starts at or after `at_s` the segment's last, unless it ends earlier
+        anyway.
+        """
         assert self._starts is not None
         last = int(self._starts.searchsorted(at_s, side="left"))
         if last < self._last:
@@ -174,7 +179,9 @@ class Replica:
         )
 
     def _plan_after_segment(self, version: int, now_s: float) -> None:
-        """At the start of the segment's last step: catch up with the steps planned alike, and plan the one after."""
+        """At the start of the segment's last step: catch up with the steps planned alike, and plan the one
+        after.
+        """
         if version != self._segment_version or self._starts is None:
             return
         step, starts, last = self._running, self._starts, self._last

@@ -21,9 +21,10 @@ Column = NDArray[Any]
 class Utilisation:
     """Shares of time and capacity, over all replicas.
 
-    step_share: of the time a step ran. gpu_share: of it the GPU computed (the rest of a step waits for the host). link_share: adapters were
-    copied. kv_pages_*, adapter_pages_*: shares of a replica's pool. sequences_*: shares of max_num_seqs. Means are over time.
-    batch_mean: sequences that decode in a step. time_shares: of the GPU's time, by what it is spent on.
+    step_share: of the time a step ran. gpu_share: of it the GPU computed (the rest of a step waits for the
+    host). link_share: adapters were copied. kv_pages_*, adapter_pages_*: shares of a replica's pool.
+    sequences_*: shares of max_num_seqs. Means are over time. batch_mean: sequences that decode in a step.
+    time_shares: of the GPU's time, by what it is spent on.
     """
 
     step_share: float
@@ -43,8 +44,9 @@ class Utilisation:
 class SimResult:
     """Metrics, and what they come from.
 
-    columns: by request, in the trace's order, as a run record's requests, and `refused`: the reason, else None. bottleneck: what bounds this
-    configuration on this trace, in a word, and `facts` that say why. steps: the steps that ran where they were recorded.
+    columns: by request, in the trace's order, as a run record's requests, and `refused`: the reason, else
+    None. bottleneck: what bounds this configuration on this trace, in a word, and `facts` that say why.
+    steps: the steps that ran where they were recorded.
     """
 
     metrics: Mapping[str, float]

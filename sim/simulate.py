@@ -56,10 +56,12 @@ def simulate(
 ) -> SimResult:
     """Serve `trace` under `config` at `costs`, until the last request has ended.
 
-    adapters: what the trace's adapters are; None takes dense LoRA of the trace's ranks. slo: what attainment is measured against.
-    plan: the blueprint where the caller has it already; it must be of this config and these adapters. seed: of randomness; there is none so
-    far. abort: asked every ABORT_EVERY arrivals; when it says true the simulation ends there, with `aborted` set. fast_forward: equal steps in
-    one event; the result is the same without. Raises UserError where the configuration cannot work or an adapter is not given.
+    adapters: what the trace's adapters are; None takes dense LoRA of the trace's ranks. slo: what attainment
+    is measured against. plan: the blueprint where the caller has it already; it must be of this config and
+    these adapters. seed: of randomness; there is none so far. abort: asked every ABORT_EVERY arrivals; when
+    it says true the simulation ends there, with `aborted` set. fast_forward: equal steps in one event; the
+    result is the same without. Raises UserError where the configuration cannot work or an adapter is not
+    given.
     """
     del seed
     plan = plan or blueprint(config, adapters_of_trace(trace.adapters, adapters))

@@ -35,7 +35,10 @@ CostsFor = Callable[[ServingConfig], StepTimes]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """One metric of one run. error_pct: predicted over measured − 1, in percent; NaN where either is not known."""
+    """One metric of one run.
+
+    error_pct: predicted over measured − 1, in percent; NaN where either is not known.
+    """
 
     run: str
     metric: str

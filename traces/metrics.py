@@ -22,9 +22,12 @@ STATISTICS = ("mean", "p50", "p95", "p99")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slo:
-    """What is promised: bounds in seconds on the time to the first token, per further token, and (None: none) end to end.
+    """What is promised:
 
-    attainment: the share of requests that must meet all bounds. percentile: where distributions are compared with the bounds.
+    bounds in seconds on the time to the first token, per further token, and (None: none) end to end.
+
+    attainment: the share of requests that must meet all bounds. percentile: where distributions are compared
+    with the bounds.
     """
 
     ttft_s: float = 0.5
@@ -49,8 +52,8 @@ def metrics(
 ) -> dict[str, float]:
     """Compute the metrics of requests given by column (`traces.run_record.REQUEST_COLUMNS`), in seconds.
 
-    slo: what attainment is measured against; None is `Slo()`. adapter_loads: a total that no request's row holds. What cannot be told
-    (no request finished, say) is NaN.
+    slo: what attainment is measured against; None is `Slo()`. adapter_loads: a total that no request's row
+    holds. What cannot be told (no request finished, say) is NaN.
     """
     column = _columns(requests)
     latency = _Latencies.of(column)
@@ -123,7 +126,9 @@ def _statistics(name: str, sample: Floats) -> dict[str, float]:
 
 
 def _attainment(latency: _Latencies, slo: Slo) -> float:
-    """Return the share of all requests that finished within the bounds; a request of one token has no TPOT to miss."""
+    """Return the share of all requests that finished within the bounds; a request of one token has no TPOT to
+    miss.
+    """
     if not len(latency.e2e_s):
         return math.nan
     met = ~np.isnan(latency.e2e_s) & (latency.ttft_s <= slo.ttft_s) & ~(latency.tpot_s > slo.tpot_s)

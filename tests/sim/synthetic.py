@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 from engine.adapter import AdapterSpec
 from engine.graph_sizes import graph_sizes, padded_tokens
@@ -54,7 +55,9 @@ def step_us(shape: StepShape) -> float:
     """The very sum that the cost model composes: whole steps need no correction."""
     padded = padded_tokens(shape.tokens, GRAPH_MAX_TOKENS)
     layers = MODEL.num_layers
-    layer = sum(matmul_us(linear, padded) for linear in ("qkv", "o", "gate_up", "down")) + elementwise_us(padded)
+    layer = sum(matmul_us(linear, padded) for linear in ("qkv", "o", "gate_up", "down")) + elementwise_us(
+        padded
+    )
     if shape.decode_rows:
         layer += attention_decode_us(shape.decode_rows, shape.decode_kv_tokens, shape.decode_kv_max)
     if shape.prefill_chunks:
@@ -75,7 +78,9 @@ def adapter_bytes(rank: int, tp: int = 1) -> int:
 
 
 def shape(rows=0, kv=256, prefill=0, chunks=0, adapters=0, rank=16) -> StepShape:
-    """A step of `rows` decodes at `kv` tokens each, and `chunks` prompts of `prefill` tokens in all, over some adapters."""
+    """A step of `rows` decodes at `kv` tokens each, and `chunks` prompts of `prefill` tokens in all, over
+    some adapters.
+    """
     tokens = rows + prefill
     each = prefill // max(1, chunks)
     num_bytes = adapter_bytes(rank)
@@ -98,47 +103,63 @@ def shape(rows=0, kv=256, prefill=0, chunks=0, adapters=0, rank=16) -> StepShape
 def step_shapes() -> list[StepShape]:
     shapes = [
         shape(rows=rows, kv=kv, adapters=min(rows, adapters))
-        for rows, kv, adapters in itertools.product((1, 8, 32, 64, 128, 256), (128, 512, 2048), (0, 1, 32, 200))
+        for rows, kv, adapters in itertools.product(
+            (1, 8, 32, 64, 128, 256), (128, 512, 2048), (0, 1, 32, 200)
+        )
     ]
     shapes += [
         shape(rows=rows, prefill=prefill, chunks=chunks, adapters=adapters)
-        for rows, prefill, chunks, adapters in itertools.product((0, 32, 128), (128, 512, 896), (1, 2), (0, 2))
+        for rows, prefill, chunks, adapters in itertools.product(
+            (0, 32, 128), (128, 512, 896), (1, 2), (0, 2)
+        )
     ]
     return shapes
 
 
-def _attention_decode_rows(tp: int) -> list[dict]:
+def _attention_decode_rows(tp: int) -> list[dict[str, Any]]:
     grid = [
         (rows, rows * kv, kv * (1 if kv < 4096 else 2))
         for rows, kv in itertools.product((1, 2, 8, 32, 128, 256), (16, 128, 512, 2048, 8192))
     ]
     return [
-        {"tp": tp, "rows": r, "kv_tokens": k, "kv_max": m, "us": attention_decode_us(r, k, m)} for r, k, m in grid
+        {"tp": tp, "rows": r, "kv_tokens": k, "kv_max": m, "us": attention_decode_us(r, k, m)}
+        for r, k, m in grid
     ]
 
 
-def _attention_prefill_rows(tp: int) -> list[dict]:
+def _attention_prefill_rows(tp: int) -> list[dict[str, Any]]:
     rows = []
     for chunks, each, before in itertools.product((1, 2, 8), (16, 128, 512, 1024), (0, 512, 4096)):
         pairs = chunks * (each * before + each * (each + 1) // 2)
-        values = {"tokens": chunks * each, "chunks": chunks, "pairs": pairs, "kv_tokens": chunks * (each + before)}
+        values = {
+            "tokens": chunks * each,
+            "chunks": chunks,
+            "pairs": pairs,
+            "kv_tokens": chunks * (each + before),
+        }
         rows.append({"tp": tp, **values, "us": attention_prefill_us(**values)})
     return rows
 
 
-def _lora_rows(tp: int) -> list[dict]:
+def _lora_rows(tp: int) -> list[dict[str, Any]]:
     rows = []
     for tokens, adapters, rank in itertools.product((1, 8, 32, 128, 256, 1024), (1, 8, 32, 128), (8, 16, 64)):
         if adapters > tokens:
             continue
         each = adapter_bytes(rank, tp) / MODEL.num_layers
-        row = {"tp": tp, "tokens": tokens, "adapters": adapters, "rank": rank, "targets": "all"}
+        row: dict[str, Any] = {
+            "tp": tp,
+            "tokens": tokens,
+            "adapters": adapters,
+            "rank": rank,
+            "targets": "all",
+        }
         row |= {"bytes": adapters * each, "token_bytes": tokens * each}
         rows.append(row | {"us": lora_us(adapters, tokens, row["bytes"], row["token_bytes"])})
     return rows
 
 
-def profile_json(tps=(1, 2), correction=1.0) -> dict:
+def profile_json(tps=(1, 2), correction=1.0) -> dict[str, Any]:
     """The JSON form. correction: whole steps take so many times what the operators add up to."""
     tokens = [1, 2, 4, 8, 16, 32, 64, 100, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096, 8192]
     matmul = [
@@ -163,11 +184,16 @@ def profile_json(tps=(1, 2), correction=1.0) -> dict:
             "attention_decode": [row for tp in tps for row in _attention_decode_rows(tp)],
             "attention_prefill": [row for tp in tps for row in _attention_prefill_rows(tp)],
             "elementwise": [
-                {"tp": tp, "tokens": size, "us": elementwise_us(size)} for tp in tps for size in (*tokens, *graph_sizes(1024))
+                {"tp": tp, "tokens": size, "us": elementwise_us(size)}
+                for tp in tps
+                for size in (*tokens, *graph_sizes(1024))
             ],
             "lora": [row for tp in tps for row in _lora_rows(tp)],
             "sample": [{"rows": rows, "us": sample_us(rows)} for rows in (1, 8, 64, 256, 512)],
-            "transfer": [{"bytes": size, "us": transfer_us(size)} for size in (65536, 2**20, 2**21, 2**23, 2**26, 2**28)],
+            "transfer": [
+                {"bytes": size, "us": transfer_us(size)}
+                for size in (65536, 2**20, 2**21, 2**23, 2**26, 2**28)
+            ],
             "collective": [],
         },
         "steps": [{"shape": item.to_json(), "gpu_us": step_us(item) * correction} for item in step_shapes()],
