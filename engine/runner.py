@@ -25,6 +25,7 @@ from engine.ops import ops_for
 from engine.scheduler import Sequence
 from engine.step import Load, Step
 from engine.weights import ModelWeights
+from kernels.lora_plan import bridge_width
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 RING = 3  # host buffers: one being written, one on the GPU, one whose tokens are being fetched
@@ -107,7 +108,7 @@ class Runner:
         )
         pin = device.type == "cuda"
         updates = 2 * config.max_num_seqs * self.buffers.page_table.shape[1]
-        metadata = self.layout(most_tokens).size
+        metadata = max(self.layout(size).size for size in self._sizes(most_tokens))
         self.device_metadata = torch.zeros(metadata, dtype=torch.int32, device=device)
         self._device_updates = torch.zeros(updates, dtype=torch.int32, device=device)
         self._host = [
@@ -124,11 +125,13 @@ class Runner:
     def _bridge_elems(self, most_tokens: int) -> int:
         if not self._limits.max_rank:
             return 1
-        from kernels.lora_plan import bridge_width
-
-        sizes = {*graph_sizes(self.blueprint.config.graph_max_tokens), most_tokens, min(128, most_tokens)}
+        sizes = self._sizes(most_tokens)
         width = bridge_width(self._limits.max_rank)
         return max(size * max(launch.splits for launch in self.layout(size).lora) * width for size in sizes)
+
+    def _sizes(self, most_tokens: int) -> set[int]:
+        """Return the padded sizes among which every buffer's largest need is: sizes of launch settings, graphs, and the most."""
+        return {*graph_sizes(self.blueprint.config.graph_max_tokens), most_tokens, min(128, most_tokens)}
 
     def layout(self, tokens: int) -> BatchLayout:
         """Return the layout of steps of `tokens` padded rows."""

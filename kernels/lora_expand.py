@@ -30,7 +30,9 @@ def sum_planes_of_row(bridge, stride_plane, column, keep, SPLITS: tl.constexpr):
     """Sum the bridge's planes at a vector of columns of one row: one load for all planes, so that none waits for another."""
     PLANES: tl.constexpr = triton.next_power_of_2(SPLITS)
     plane = tl.arange(0, PLANES)[:, None]
-    parts = tl.load(bridge + plane * stride_plane + column[None, :], mask=(plane < SPLITS) & keep[None, :], other=0.0)
+    parts = tl.load(
+        bridge + plane * stride_plane + column[None, :], mask=(plane < SPLITS) & keep[None, :], other=0.0
+    )
     return tl.sum(parts, axis=0)
 
 
@@ -61,7 +63,10 @@ def expand_row(
     y, bridge, stride_plane, entries, pool, scale, rank, n_first, width,
     SPLITS: tl.constexpr, ITEM_N: tl.constexpr, ROW_RANK: tl.constexpr, UNIT: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One token: B in registers by 16-byte loads, fp32 multiply and sum; the next block of B is under way while one is used."""
+    """One token: B in registers by 16-byte loads, fp32 multiply and sum.
+
+    Row-table entries are fetched one block ahead. A second block of B in flight would cost 32 registers a thread: a program an SM less.
+    """
     n = n_first + tl.arange(0, ITEM_N)
     r = tl.arange(0, ROW_RANK)
     b = load_b(pool + row_offsets(entries, r, r < rank, UNIT), r < rank, n, width, EVEN)
@@ -74,11 +79,10 @@ def expand_row(
     update = tl.zeros([ITEM_N], tl.float32)
     for low in tl.range(0, rank, ROW_RANK, num_stages=1):
         h = sum_planes_of_row(bridge, stride_plane, low + r, low + r < rank, SPLITS)
-        next_b = load_b(next_rows, low + ROW_RANK + r < rank, n, width, EVEN)
+        update += tl.sum(b.to(tl.float32) * h[:, None], axis=0)
+        b = load_b(next_rows, low + ROW_RANK + r < rank, n, width, EVEN)
         later = low + 2 * ROW_RANK + r
         next_rows = pool + row_offsets(entries, later, later < rank, UNIT)
-        update += tl.sum(b.to(tl.float32) * h[:, None], axis=0)
-        b = next_b
     out = (base.to(tl.float32) + scale * update).to(y.dtype.element_ty)
     if EVEN:
         tl.store(y + n, out)
@@ -107,7 +111,9 @@ def expand_tile(
     live = (c >= skip) & (c < end)
     rows = pool + row_offsets(entries, c - skip, live, UNIT)
     wait_for_predecessor(PDL)
-    first_h = sum_planes_of_tile(bridge, stride_plane, h_at, in_tile & (column < bridge_width)[None, :], live, SPLITS)
+    first_h = sum_planes_of_tile(
+        bridge, stride_plane, h_at, in_tile & (column < bridge_width)[None, :], live, SPLITS
+    )
     first_h = first_h.to(pool.dtype.element_ty)
     for sub in tl.range(0, ITEM_N, BLOCK_N, num_stages=1):
         n = n_first + sub + tl.arange(0, BLOCK_N)
@@ -120,9 +126,13 @@ def expand_tile(
         for low in tl.range(RANK_BLOCK, end, RANK_BLOCK, num_stages=1):
             more = low + c < end
             more_rows = pool + row_offsets(entries, low + c - skip, more, UNIT)
-            b = load_b(more_rows, more, n, width, EVEN)  # before the loop over planes: after it, Triton 3.6 makes this 2-byte loads
+            b = load_b(
+                more_rows, more, n, width, EVEN
+            )  # before the loop over planes: after it, Triton 3.6 makes this 2-byte loads
             wide = in_tile & (low + column < bridge_width)[None, :]
-            h = sum_planes_of_tile(bridge + low, stride_plane, h_at, wide, more, SPLITS).to(pool.dtype.element_ty)
+            h = sum_planes_of_tile(bridge + low, stride_plane, h_at, wide, more, SPLITS).to(
+                pool.dtype.element_ty
+            )
             update = tl.dot(h, b, update, input_precision="ieee")
         tl.store(y_at, (base.to(tl.float32) + scale * update).to(y.dtype.element_ty), mask=keep)
 
@@ -221,6 +231,6 @@ def lora_expand_(
         y.stride(0), bridge.stride(0), bridge.stride(1), bridge.shape[2], scales.stride(0), layer,
         FIRST=first, W0=w0, W1=w1, W2=w2, SPLITS=splits, TILE_TOKENS=tile_tokens, ITEM_N=item_n, BLOCK_N=min(tuning.block_n, item_n),
         ROW_RANK=tuning.row_rank, RANK_BLOCK=tuning.rank_block, UNIT=ROW_ALIGN_BYTES // pool.element_size(),
-        **launch_options(y, tuning.num_warps, tuning.pdl),
+        **launch_options(y, tuning),
     )  # fmt: skip
     return y

@@ -18,6 +18,7 @@ class ShrinkTuning:
     block_k: int = 128  # other tiles: depth of one matrix step
     num_stages: int = 4  # other tiles: matrix steps in flight
     num_warps: int = 4
+    max_registers: int | None = None  # a cap a thread, to fit more programs on an SM
     pdl: bool = True  # start under the tail of the kernel before (programmatic dependent launch)
 
 
@@ -30,6 +31,7 @@ class ExpandTuning:
     row_rank: int = 16  # one-token tiles: B rows in registers at a time
     rank_block: int = 32  # tiles of several tokens: depth of one matrix step
     num_warps: int = 4
+    max_registers: int | None = None  # a cap a thread, to fit more programs on an SM
     pdl: bool = True
 
 
@@ -56,24 +58,31 @@ def lora_launch_config(
     """
     width = in_features or LLAMA_8B_IN[group]
     if tokens <= 128:
-        # Decode: most tiles are one token, so a program is one 16 x 512 piece of A (16 KiB, 32 registers a thread). One piece a split keeps
-        # about 100 KiB an SM in flight, three times what 4.3 TB/s needs at 0.8 µs latency.
+        # Most tiles are one token: a program holds one 16 x 512 piece of A or B at a time (16 KiB, 32 registers a thread), and
+        # four of them an SM keep 64 KiB in flight, twice what 4.3 TB/s needs at 0.8 µs latency. Few tokens take a small grid.
+        programs = NUM_SMS * (2 if tokens <= 2 else 4)
         return LoraLaunch(
             tile_tokens=16,
-            splits=max(1, min(28, -(-width // 512))),
-            shrink_programs=NUM_SMS * 6,
-            expand_programs=NUM_SMS * 6,
+            splits=max(1, min(14, -(-width // 512))),
+            shrink_programs=programs,
+            expand_programs=programs,
             shrink=ShrinkTuning(row_k=512),
-            expand=ExpandTuning(row_rank=16, item_n=512, rank_block=32 if rank_hint <= 32 else 64),
+            expand=ExpandTuning(rank_block=16 if rank_hint <= 16 else 32, max_registers=128),
         )
-    modules = (3, 1, 2, 1)[group]
-    rows = 16 if modules * rank_hint <= 16 else 32 if modules * rank_hint <= 32 else 64
-    # Prefill: y (read and written) is most of the bytes; h is summed over the splits once an item, so splits stay few.
+    # y, read and written, is most of the bytes. h is summed over the splits once an item, so splits stay few and items wide.
+    rows = (3, 1, 2, 1)[group] * rank_hint
     return LoraLaunch(
         tile_tokens=64,
-        splits=4 if width <= 8192 else 8,
-        shrink_programs=NUM_SMS * 3,
-        expand_programs=NUM_SMS * 4,
-        shrink=ShrinkTuning(rank_block=rows, row_k=512, block_k=128, num_stages=3),
-        expand=ExpandTuning(rank_block=32 if rank_hint <= 32 else 64),
+        splits=4 if width <= 8192 else 7,
+        shrink_programs=NUM_SMS * 2,
+        expand_programs=NUM_SMS * 3,
+        shrink=ShrinkTuning(
+            rank_block=16 if rows <= 16 else 32 if rows <= 32 else 64, row_k=512, num_stages=3
+        ),
+        expand=ExpandTuning(
+            block_n=64,
+            rank_block=32 if rank_hint <= 32 else 64,
+            item_n=512 if group != 2 else 1024,
+            max_registers=168,
+        ),
     )

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 MODULES = ("q", "k", "v", "o", "gate", "up", "down")
 GROUPS = ((0, 3), (3, 4), (4, 6), (6, 7))  # modules of group g: [first, last); they share their input
 NUM_GROUPS = len(GROUPS)
+_GROUP_STARTS = [first for first, _ in GROUPS]
 
 # Columns of a tile record, and of a row of `adapter_meta`.
 TABLE_UNIT, ROW_START, ROW_COUNT, SLOT, RANKS = 0, 1, 2, 3, 4
@@ -43,45 +44,49 @@ def plan_lora(
     Raises ValueError when a capacity is too small.
     """
     live = np.flatnonzero((slots >= 0) & (row_counts > 0))
-    starts, counts = row_starts[live], row_counts[live]
-    tiles_each = (counts + (tile_tokens - 1)) // tile_tokens
-    ends = np.cumsum(tiles_each)
-    num_tiles = int(ends[-1]) if len(ends) else 0
+    starts, counts, slots = row_starts[live], row_counts[live], slots[live]
+    tiles_each = (counts + np.int32(tile_tokens - 1)) // np.int32(tile_tokens)
+    num_tiles = int(tiles_each.sum())
     if num_tiles > len(tiles_out):
         raise ValueError(f"tiles_out: {num_tiles} tiles do not fit its {len(tiles_out)} rows")
     if num_tiles == 0:
         return 0, [0] * NUM_GROUPS
-
-    offsets = np.arange(num_tiles, dtype=np.int32)
-    segment = slice(None)
     if num_tiles != len(live):
-        segment = np.repeat(np.arange(len(live)), tiles_each)
-        offsets = (offsets - (ends - tiles_each)[segment]) * tile_tokens
-    else:
-        offsets = np.int32(0)
+        segment, number = _unroll(tiles_each)
+        offsets = number * np.int32(tile_tokens)
+        starts, counts, slots = starts[segment] + offsets, counts[segment] - offsets, slots[segment]
     tiles = tiles_out[:num_tiles]
-    tiles[:] = adapter_meta[slots[live][segment]]
-    tiles[:, ROW_START] = starts[segment] + offsets
-    tiles[:, ROW_COUNT] = np.minimum(counts[segment] - offsets, tile_tokens)
+    tiles[:] = adapter_meta[slots]
+    tiles[:, ROW_START] = starts
+    np.minimum(counts, tile_tokens, out=tiles[:, ROW_COUNT])
 
-    num_items = []
-    for group, (first, last) in enumerate(GROUPS):
-        rows = tiles[:, RANKS + first : RANKS + last].sum(axis=1)
-        num_items.append(_fill_items(rows, rank_blocks[group], shrink_items_out[group]))
+    rows = np.add.reduceat(tiles[:, RANKS : RANKS + 7], _GROUP_STARTS, axis=1)
+    block_rows = np.array(rank_blocks, np.int32)[:, None]
+    blocks = ((rows.T + (block_rows - 1)) // block_rows).astype(np.int32, copy=False)  # [4, tiles]
+    num_items = blocks.sum(axis=1).tolist()
+    if max(num_items) > shrink_items_out.shape[1]:
+        raise ValueError(
+            f"shrink_items_out: {max(num_items)} items do not fit its {shrink_items_out.shape[1]} rows"
+        )
+    pairs = np.empty((sum(num_items), 2), np.int32)
+    index, pairs[:, 1] = _unroll(blocks.ravel())
+    start = 0
+    for group, count in enumerate(num_items):
+        np.subtract(index[start : start + count], group * num_tiles, out=pairs[start : start + count, 0])
+        shrink_items_out[group, :count] = pairs[start : start + count]
+        start += count
     return num_tiles, num_items
 
 
-def _fill_items(rows: NDArray, rank_block: int, out: Int32) -> int:
-    """Write (tile, block) for every block of every tile; return how many."""
-    blocks = (rows + (rank_block - 1)) // rank_block
-    ends = np.cumsum(blocks)
-    total = int(ends[-1])
-    if total > len(out):
-        raise ValueError(f"shrink_items_out: {total} items do not fit its {len(out)} rows")
-    tile = np.repeat(np.arange(len(rows)), blocks)
-    out[:total, 0] = tile
-    out[:total, 1] = np.arange(total) - (ends - blocks)[tile]
-    return total
+def _unroll(counts: Int32) -> tuple[NDArray, NDArray]:
+    """Return (index, number) for number 0 … counts[index] − 1 of every index, in order: [2, 0, 1] gives 0 0 2 and 0 1 0."""
+    firsts = np.cumsum(counts, dtype=np.int32) - counts
+    index = np.repeat(_count_up(len(counts)), counts)
+    return index, _count_up(len(index)) - firsts[index]
+
+
+def _count_up(length: int) -> Int32:
+    return np.arange(length, dtype=np.int32)
 
 
 def max_tiles(max_rows: int, max_segments: int, tile_tokens: int) -> int:

@@ -22,7 +22,7 @@ from kernels.lora_check import (
     check_pool,
     check_tiles,
 )
-from kernels.lora_launch import ShrinkTuning
+from kernels.lora_launch import ExpandTuning, ShrinkTuning
 from kernels.lora_plan import GROUPS, ROW_ALIGN_BYTES
 
 
@@ -210,12 +210,18 @@ def lora_shrink(
         x.stride(0), bridge.stride(0), bridge.stride(1), bridge.shape[2], shrink_items.shape[1], layer,
         GROUP=group, FIRST=first, LAST=last, IN=in_features, SPLITS=splits, SPLIT_K=split_k, TILE_TOKENS=tile_tokens,
         RANK_BLOCK=tuning.rank_block, ROW_K=row_k, BLOCK_K=block_k, STAGES=tuning.num_stages, UNIT=unit,
-        **launch_options(x, tuning.num_warps, tuning.pdl),
+        **launch_options(x, tuning),
     )  # fmt: skip
     return bridge
 
 
-def launch_options(x: torch.Tensor, num_warps: int, pdl: bool) -> dict:
+def launch_options(x: torch.Tensor, tuning: ShrinkTuning | ExpandTuning) -> dict:
     """Return the options of a Triton launch; PDL only on a GPU that has it (sm_90 on), never in the interpreter."""
-    pdl = pdl and x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
-    return {"num_warps": num_warps, "num_stages": 1, "PDL": pdl, **({"launch_pdl": True} if pdl else {})}
+    options = {"num_warps": tuning.num_warps, "num_stages": 1, "PDL": False}
+    if not x.is_cuda:
+        return options
+    if tuning.max_registers:
+        options["maxnreg"] = tuning.max_registers
+    if tuning.pdl and torch.cuda.get_device_capability(x.device) >= (9, 0):
+        options |= {"PDL": True, "launch_pdl": True}
+    return options

@@ -1,12 +1,14 @@
 """LoRA shrink and expand against their references, the references against dense fp32, and the work lists."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from tests.kernels.tolerances import assert_close, relative_error
 
+from kernels import lora_bench
 from kernels.lora_expand import lora_expand_
 from kernels.lora_expand_ref import lora_expand_ref_
 from kernels.lora_launch import ExpandTuning, ShrinkTuning, lora_launch_config
@@ -343,3 +345,33 @@ def test_launch_tiles_are_the_same_for_all_groups():
             assert len({lora_launch_config(tokens, rank, group).tile_tokens for group in range(4)}) == 1
     assert len(MODULES) == GROUPS[-1][1]
     assert replace(lora_launch_config(1, 16, 0), splits=1).splits == 1
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 130])
+def test_the_benchmark_runs(monkeypatch, tokens):
+    """Everything but the CUDA graph, on small shapes, so that a visit to the GPU is not spent on mending it."""
+    small = ((32, 32), (32, 16), (32, 16), (32, 32), (32, 64), (32, 64), (64, 32))
+    cuda = torch.cuda.is_available()
+    monkeypatch.setattr(lora_bench, "DEVICE", "cuda" if cuda else "cpu")
+    monkeypatch.setattr(lora_bench, "DTYPE", torch.bfloat16 if cuda else torch.float16)
+    monkeypatch.setattr(lora_bench, "LLAMA_8B", small)
+    monkeypatch.setattr(lora_bench, "NUM_ADAPTERS", 2)
+    monkeypatch.setattr(lora_bench, "ROTATED_BYTES", 1e4)
+    monkeypatch.setattr(lora_bench, "NUM_SMS", 1)
+    monkeypatch.setattr(lora_bench, "pack_random", partial(pack_random, shapes=small, page_bytes=16384))
+    monkeypatch.setattr(lora_bench, "graph_us", lambda run, replays: 1.0)
+    adapters = min(tokens, 2)
+    result = lora_bench.bench_lora(
+        ranks=(8,), cases=((tokens, adapters),), sweep=tokens == 4, log=lambda line: None
+    )
+    assert len(result["rows"]) == 12 and len(result["layer"]) == 1
+    assert set(result["rows"][0]) == {
+        "op",
+        "layer",
+        "rank",
+        "tokens",
+        "adapters",
+        "us",
+        "bound_us",
+        "rel_err",
+    }
