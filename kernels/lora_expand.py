@@ -72,10 +72,7 @@ def expand_row(
     b = load_b(pool + row_offsets(entries, r, r < rank, UNIT), r < rank, n, width, EVEN)
     next_rows = pool + row_offsets(entries, ROW_RANK + r, ROW_RANK + r < rank, UNIT)
     wait_for_predecessor(PDL)
-    if EVEN:
-        base = tl.load(y + n)
-    else:
-        base = tl.load(y + n, mask=n < width, other=0.0)
+    base = tl.load(y + n) if EVEN else tl.load(y + n, mask=n < width, other=0.0)
     update = tl.zeros([ITEM_N], tl.float32)
     for low in tl.range(0, rank, ROW_RANK, num_stages=1):
         h = sum_planes_of_row(bridge, stride_plane, low + r, low + r < rank, SPLITS)

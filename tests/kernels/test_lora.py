@@ -6,7 +6,6 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from tests.kernels.tolerances import assert_close, relative_error
 
 from kernels import lora_bench
 from kernels.lora_expand import lora_expand_
@@ -24,6 +23,7 @@ from kernels.lora_plan import (
 )
 from kernels.lora_shrink import lora_shrink
 from kernels.lora_shrink_ref import lora_shrink_ref
+from tests.kernels.tolerances import assert_close, relative_error
 
 # q, k, v, o, gate, up, down: no dimension a multiple of a kernel block, some rows not of 128 bytes.
 ODD = ((96, 160), (96, 40), (96, 40), (160, 96), (96, 200), (96, 200), (200, 96))
@@ -165,7 +165,7 @@ class Batch:
         return False
 
 
-MIX = [(0, 1), (1, 5), (BASE, 3), (2, 1), (3, 0), (4, 19), (BASE, 1), (5, 2), (3, 1), (4, 1), (1, 1)]
+MIX = [(0, 1), (1, 5), (BASE, 3), (2, 1), (3, 0), (4, 17), (BASE, 1), (5, 2), (4, 1)]
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,7 @@ def test_the_reference_against_dense_matrices(target, group):
 
 @pytest.mark.parametrize("tile_tokens", [32, 64])
 def test_large_tiles_and_rank_blocks(target, tile_tokens):
-    batch = Batch(target, [(2, 70), (BASE, 2), (4, 33), (1, 1)], tile_tokens=tile_tokens, rank_block=64)
+    batch = Batch(target, [(2, 66), (BASE, 2), (4, 3), (1, 1)], tile_tokens=tile_tokens, rank_block=64)
     for group in (0, 2):
         batch.check(
             group,
@@ -196,9 +196,9 @@ def test_large_tiles_and_rank_blocks(target, tile_tokens):
         )
 
 
-@pytest.mark.parametrize("splits", [1, 3, 7])
+@pytest.mark.parametrize("splits", [1, 7])
 def test_splits(target, splits):
-    Batch(target, MIX).check(3, 0, splits=splits, num_programs=64, shrink=ShrinkTuning(block_k=16, row_k=16))
+    Batch(target, MIX).check(3, 0, splits=splits, num_programs=30, shrink=ShrinkTuning(block_k=16, row_k=16))
 
 
 def test_one_token(target):
