@@ -13,7 +13,6 @@ from scipy.optimize import nnls
 
 Floats = NDArray[np.float64]
 
-FOLDS = 10
 KNOT_QUANTILES = (0.25, 0.5, 0.75)
 
 
@@ -38,6 +37,19 @@ class Additive:
         """Return this times a factor."""
         ramps = tuple(Ramp(ramp.index, ramp.low, ramp.high, ramp.slope * factor) for ramp in self.ramps)
         return Additive(self.constant * factor, ramps)
+
+    def over_model(self, layers: int, per_layer: Sequence[float]) -> Additive:
+        """Return `layers` times this, for features of the whole model, of which a layer has `per_layer`."""
+        ramps = tuple(
+            Ramp(
+                r.index,
+                r.low / per_layer[r.index],
+                r.high / per_layer[r.index],
+                r.slope * per_layer[r.index] * layers,
+            )
+            for r in self.ramps
+        )
+        return Additive(self.constant * layers, ramps)
 
     def stretched(self, factors: Sequence[float]) -> Additive:
         """Return this for features that are `factors` times what was measured:
@@ -71,40 +83,13 @@ def fit_additive(features: Floats, y: Floats, ramps: Sequence[Ramp]) -> Additive
     )
 
 
-def best_additive(features: Floats, y: Floats) -> tuple[Additive, Floats]:
-    """Fit straight lines or piecewise ones by feature, whichever has the smaller held-out error; return it
-    and its held-out predictions.
-    """
-    trials = []
-    for ramps in (_lines(features), _pieces(features)):
-        predicted = held_out_additive(features, y, ramps)
-        trials.append((float(np.abs(predicted / y - 1).mean()), ramps, predicted))
-    _, ramps, predicted = min(trials, key=lambda trial: trial[0])
-    return fit_additive(features, y, ramps), predicted
-
-
-def held_out_additive(features: Floats, y: Floats, ramps: Sequence[Ramp]) -> Floats:
-    """Predict each fold of the rows from the others."""
-    predicted = np.empty(len(y))
-    for fold in folds(len(y)):
-        rest = np.ones(len(y), dtype=bool)
-        rest[fold] = False
-        model = fit_additive(features[rest], y[rest], ramps) if rest.any() else Additive(float(y.mean()), ())
-        predicted[fold] = model.many(features[fold])
-    return predicted
-
-
-def folds(count: int) -> list[NDArray[np.int64]]:
-    """Return the rows of each fold: a fixed shuffle cut in at most FOLDS parts."""
-    order = np.random.default_rng(0).permutation(count)
-    return [order[start :: min(FOLDS, count)] for start in range(min(FOLDS, count))]
-
-
-def _lines(features: Floats) -> list[Ramp]:
+def straight_lines(features: Floats) -> list[Ramp]:
+    """Return one ramp a feature, without ends."""
     return [Ramp(index, 0.0, inf) for index in range(features.shape[1])]
 
 
-def _pieces(features: Floats) -> list[Ramp]:
+def broken_lines(features: Floats) -> list[Ramp]:
+    """Return ramps between the quartiles of each feature's values."""
     ramps = []
     for index in range(features.shape[1]):
         values = np.unique(features[:, index])

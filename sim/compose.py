@@ -14,8 +14,8 @@ from engine.budget import GpuSpec, gpu_spec
 from engine.config import ITEMSIZE_BYTES
 from engine.errors import UserError
 from engine.model_shape import ModelShape
-from sim.additive import Additive
 from sim.curve import Curve
+from sim.envelope import Envelope
 from sim.fit import OperatorFits
 from sim.profile import Profile
 
@@ -42,9 +42,9 @@ class Layer:
     dense_us: Callable[[int], float]
     head_us: Callable[[int], float]
     collectives_us: Callable[[int, int], float]
-    attention_decode: Additive
-    attention_prefill: Additive
-    lora: Additive
+    attention_decode: Envelope
+    attention_prefill: Envelope
+    lora: Envelope
     measured: bool
 
 
@@ -68,11 +68,9 @@ def layer_of(fits: OperatorFits, profile: Profile, model: ModelShape, tp: int) -
         dense_us=_dense(fits, profile, model, tp),
         head_us=_head(fits, profile, model, tp),
         collectives_us=_collectives(fits, profile, model, tp),
-        attention_decode=_attention(
-            fits.additive["attention_decode"], tp, same, kv_heads, (1.0, kv_heads, 1.0)
-        ),
+        attention_decode=_attention(fits.additive["attention_decode"], tp, same, (1.0, kv_heads, 1.0)),
         attention_prefill=_attention(
-            fits.additive["attention_prefill"], tp, same, heads, (heads, 1.0, heads, kv_heads)
+            fits.additive["attention_prefill"], tp, same, (heads, 1.0, heads, kv_heads)
         ),
         lora=_nearest(fits.additive["lora"], tp),
         measured=same and tp == 1 and all(known),
@@ -147,15 +145,13 @@ def _roofline_s(size: tuple[int, int], rows: int, gpu: GpuSpec, itemsize: int) -
     return max(moved_s, 2.0 * out * inner * rows / gpu.bf16_flops_per_s)
 
 
-def _attention(
-    fitted: Mapping[int, Additive], tp: int, same: bool, share: float, factors: tuple[float, ...]
-) -> Additive:
+def _attention(fitted: Mapping[int, Envelope], tp: int, same: bool, factors: tuple[float, ...]) -> Envelope:
     """Return the measured cost where it is of this model and TP degree, else that of TP 1 with fewer or other
     heads.
     """
     if same and tp in fitted:
         return fitted[tp]
-    return fitted[1].stretched(factors) if share != 1.0 else fitted[1]
+    return fitted[1].stretched(factors)
 
 
 def _nearest(fitted: Mapping[int, T], tp: int) -> T:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import nnls
 
-from sim.additive import folds
+from sim.envelope import folds
 from sim.fit import FitQuality, quality
 
 Floats = NDArray[np.float64]

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import lru_cache
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,10 +20,10 @@ from engine.config import ServingConfig
 from engine.graph_sizes import padded_tokens
 from engine.model_shape import ModelShape, load_model_shape
 from engine.step import StepShape
-from sim.additive import Additive
 from sim.compose import Layer, layer_of
 from sim.correct import GROUPS, Correction, correct
-from sim.fit import FitReport, OperatorFits, fit_operators
+from sim.envelope import Envelope
+from sim.fit import FitReport, fit_operators
 from sim.profile import Profile
 
 Floats = NDArray[np.float64]
@@ -53,22 +54,25 @@ class StepCosts:
         self.setting = setting
         self._fits = fit_operators(profile)
         self._layer = layer_of(self._fits, profile, setting.model, setting.tp)
-        self._correction, self.report = _correction_of(profile, self._fits)
+        self._correction, self.report = _correction_of(profile)
         self._dense: dict[
             int, tuple[float, float, float]
         ] = {}  # padded tokens -> matmuls etc., head etc., collectives
         self._fixed: dict[int, float] = {}  # tokens -> seconds that they alone decide
         layers, factor = setting.model.num_layers, self._correction.factors
-        self._decode = _Sum(self._layer.attention_decode.scaled(layers * factor["attention_decode"] * 1e-6))
-        self._prefill = _Sum(
+        self._decode = _Price(self._layer.attention_decode.scaled(layers * factor["attention_decode"] * 1e-6))
+        self._prefill = _Price(
             self._layer.attention_prefill.scaled(layers * factor["attention_prefill"] * 1e-6)
         )
         # A shape's bytes are of all layers, the measurements' of one.
         per_layer = (1.0, 1.0, 1 / layers, 1 / layers)
-        self._lora = _Sum(_whole_model(self._layer.lora, layers, per_layer).scaled(factor["lora"] * 1e-6))
-        self._host = _Sum(self._fits.host.scaled(1e-6))
-        self._transfer = _Sum(self._fits.transfer.scaled(1e-6))
+        self._lora = _Price(self._layer.lora.over_model(layers, per_layer).scaled(factor["lora"] * 1e-6))
+        self._host = _Price(self._fits.host.scaled(1e-6))
+        self._transfer = _Price(self._fits.transfer.scaled(1e-6))
         self._measured = frozenset(profile.steps)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return StepCosts, (self.profile, self.setting)
 
     # ---- what the simulation asks ----
 
@@ -218,67 +222,56 @@ def costs_for(profile: Profile, config: ServingConfig) -> StepCosts:
     )
 
 
-class _Sum:
-    """An `Additive` in plain floats: a few times faster at one point than numpy."""
+class _Price:
+    """An `Envelope` in plain floats: a few times faster at one point than numpy."""
 
-    __slots__ = ("_constant", "_lines", "_ramps")
+    __slots__ = ("_limits",)
 
-    def __init__(self, model: Additive) -> None:
-        self._constant = model.constant
-        self._lines = tuple((r.index, r.slope) for r in model.ramps if r.low == 0 and r.high == np.inf)
-        self._ramps = tuple(
-            (r.index, r.low, r.high, r.slope) for r in model.ramps if r.low > 0 or r.high < np.inf
+    def __init__(self, model: Envelope) -> None:
+        self._limits = tuple(
+            (
+                limit.constant,
+                tuple((r.index, r.slope) for r in limit.ramps if r.low == 0 and r.high == np.inf),
+                tuple((r.index, r.low, r.high, r.slope) for r in limit.ramps if r.low > 0 or r.high < np.inf),
+            )
+            for limit in model.limits
         )
 
     def __call__(self, features: Sequence[float]) -> float:
-        total = self._constant
-        for index, slope in self._lines:
-            total += slope * features[index]
-        for index, low, high, slope in self._ramps:
-            value = features[index]
-            if value > low:
-                total += slope * ((value if value < high else high) - low)
-        return total
+        largest = 0.0
+        for total, lines, ramps in self._limits:
+            for index, slope in lines:
+                total += slope * features[index]
+            for index, low, high, slope in ramps:
+                value = features[index]
+                if value > low:
+                    total += slope * ((value if value < high else high) - low)
+            if total > largest:
+                largest = total
+        return largest
 
     def run(self, features: Sequence[float | Floats | NDArray[np.int64]], steps: int) -> Floats:
         """Return the values where features are arrays of `steps` values, or one value for all."""
-        total = np.full(steps, self._constant)
-        for index, slope in self._lines:
-            total += slope * features[index]
-        for index, low, high, slope in self._ramps:
-            total += slope * (np.minimum(np.maximum(features[index], low), high) - low)
-        return total
+        largest: Floats | None = None
+        for constant, lines, ramps in self._limits:
+            total = np.full(steps, constant)
+            for index, slope in lines:
+                total += slope * features[index]
+            for index, low, high, slope in ramps:
+                total += slope * (np.minimum(np.maximum(features[index], low), high) - low)
+            largest = total if largest is None else np.maximum(largest, total)
+        assert largest is not None
+        return largest
 
 
-def _whole_model(layer: Additive, layers: int, per_layer: Sequence[float]) -> Additive:
-    """Return a layer's model times `layers`, over features of the whole model: knots move, slopes shrink."""
-    ramps = tuple(
-        type(r)(
-            r.index,
-            r.low / per_layer[r.index],
-            r.high / per_layer[r.index],
-            r.slope * per_layer[r.index] * layers,
-        )
-        for r in layer.ramps
-    )
-    return Additive(layer.constant * layers, ramps)
-
-
-_CORRECTIONS: dict[int, tuple[Profile, Correction, FitReport]] = {}
-
-
-def _correction_of(profile: Profile, fits: OperatorFits) -> tuple[Correction, FitReport]:
+@lru_cache(maxsize=8)
+def _correction_of(profile: Profile) -> tuple[Correction, FitReport]:
     """Correct the profiled model's composition by its whole steps; one profile is corrected once."""
-    found = _CORRECTIONS.get(id(profile))
-    if found is None or found[0] is not profile:
-        layer = layer_of(fits, profile, profile.model, 1)
-        groups = np.array([_groups_us(profile, layer, shape) for shape in profile.steps]).reshape(
-            -1, len(GROUPS)
-        )
-        correction, quality, errors = correct(groups, profile.steps_us)
-        report = FitReport(operators=fits.quality, steps=quality, step_errors=errors)
-        _CORRECTIONS[id(profile)] = found = (profile, correction, report)
-    return found[1], found[2]
+    fits = fit_operators(profile)
+    layer = layer_of(fits, profile, profile.model, 1)
+    groups = np.array([_groups_us(profile, layer, shape) for shape in profile.steps]).reshape(-1, len(GROUPS))
+    correction, quality, errors = correct(groups, profile.steps_us)
+    return correction, FitReport(operators=fits.quality, steps=quality, step_errors=errors)
 
 
 def _groups_us(profile: Profile, layer: Layer, shape: StepShape) -> tuple[float, ...]:

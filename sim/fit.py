@@ -11,8 +11,8 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from sim.additive import Additive, best_additive
 from sim.curve import Curve, best_curve
+from sim.envelope import Envelope, best_envelope
 from sim.profile import LINEARS, Profile, Table
 
 Floats = NDArray[np.float64]
@@ -60,10 +60,10 @@ class OperatorFits:
 
     matmul: Mapping[tuple[int, str], Curve]
     elementwise: Mapping[int, Curve]
-    additive: Mapping[str, Mapping[int, Additive]]
+    additive: Mapping[str, Mapping[int, Envelope]]
     sample: Curve
-    transfer: Additive
-    host: Additive
+    transfer: Envelope
+    host: Envelope
     collective: Mapping[int, Curve]
     quality: tuple[FitQuality, ...]
     largest: Mapping[str, Mapping[str, float]]  # operator -> column -> largest measured
@@ -133,17 +133,17 @@ def _curve(name: str, table: Table, column: str, qualities: list[FitQuality]) ->
     return curve
 
 
-def _additive(name: str, table: Table, columns: tuple[str, ...], qualities: list[FitQuality]) -> Additive:
+def _additive(name: str, table: Table, columns: tuple[str, ...], qualities: list[FitQuality]) -> Envelope:
     features = np.stack([table.numbers[column] for column in columns], axis=1)
     y = table.numbers["us"]
-    model, held_out = best_additive(features, y)
-    qualities.append(quality(name, "nonnegative ramps", model.many(features), held_out, y))
-    return model
+    choice = best_envelope(features, y)
+    qualities.append(quality(name, choice.method, choice.model.many(features), choice.held_out, y))
+    return choice.model
 
 
 def _by_tp(
     name: str, table: Table, columns: tuple[str, ...], qualities: list[FitQuality]
-) -> dict[int, Additive]:
+) -> dict[int, Envelope]:
     return {
         tp: _additive(f"{name} tp{tp}", table.where(tp=tp), columns, qualities) for tp in _values(table, "tp")
     }

@@ -148,6 +148,8 @@ def _operators(data: Mapping[str, Any], source: str) -> tuple[dict[str, Table], 
     for name, numbers in NUMBERS.items():
         place = f"{source}: operators.{name}"
         tables[name] = _table(given.get(name), numbers, WORDS.get(name, ()), place, optional=name in OPTIONAL)
+        if "tp" in numbers and 1 not in tables[name].numbers["tp"]:
+            raise UserError(f"{place} has no measurement at tp=1")
     for linear in tables["matmul"].words["linear"]:
         if linear not in LINEARS:
             raise UserError(

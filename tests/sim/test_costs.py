@@ -1,6 +1,7 @@
 """Fits recover what they were made from, cannot go negative, and say where they stop knowing."""
 
 import json
+import pickle
 from dataclasses import replace
 
 import numpy as np
@@ -12,9 +13,10 @@ from engine.config import ServingConfig
 from engine.errors import UserError
 from engine.model_shape import MODEL_CATALOGUE
 from engine.step import StepShape
-from sim.additive import Additive, best_additive
+from sim.additive import Additive
 from sim.costs import costs_for, fit_costs
 from sim.curve import fit_curve
+from sim.envelope import Envelope, best_envelope
 from sim.observe import decode_ahead
 from sim.profile import find_profile, load_profile, parse_profile
 from tests.sim import synthetic
@@ -97,7 +99,7 @@ def test_no_step_costs_nothing_and_more_never_costs_less(rows, kv, prefill, chun
     assert COSTS.step_s(longer) >= COSTS.step_s(shape)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     st.lists(
         st.tuples(st.integers(0, 1000), st.integers(0, 1000), st.floats(0.1, 1e4)), min_size=3, max_size=30
@@ -105,10 +107,21 @@ def test_no_step_costs_nothing_and_more_never_costs_less(rows, kv, prefill, chun
 )
 def test_sums_of_ramps_are_never_negative_whatever_was_measured(rows):
     features = np.array([[a, b] for a, b, _ in rows], dtype=float)
-    model, _ = best_additive(features, np.array([us for _, _, us in rows]))
-    assert model.constant >= 0
-    assert all(ramp.slope > 0 for ramp in model.ramps)
-    assert (model.many(np.array([[0.0, 0.0], [1e6, 1e6]])) >= 0).all()
+    choice = best_envelope(features, np.array([us for _, _, us in rows]))
+    for limit in choice.model.limits:
+        assert limit.constant >= 0
+        assert all(ramp.slope > 0 for ramp in limit.ramps)
+    assert (choice.model.many(np.array([[0.0, 0.0], [1e6, 1e6]])) >= 0).all()
+
+
+def test_a_time_that_one_of_two_limits_decides_is_found():
+    grid = np.array(
+        [(tokens, size) for tokens in range(1, 400, 23) for size in range(1, 400, 29)], dtype=float
+    )
+    y = 5 + np.maximum(0.3 * grid[:, 0], 0.2 * grid[:, 1])
+    choice = best_envelope(grid, y)
+    assert choice.method.startswith("max of")
+    assert np.abs(choice.held_out / y - 1).max() < 0.01
 
 
 @settings(max_examples=100, deadline=None)
@@ -157,9 +170,14 @@ def test_another_model_scales_with_its_bytes():
     assert 6 < ratio < 12
 
 
-def test_additive_models_scale():
-    model = Additive(1.0, ())
-    assert model.scaled(3.0).constant == 3.0
+def test_envelopes_scale():
+    model = Envelope((Additive(1.0, ()), Additive(2.0, ())))
+    assert model.scaled(3.0).many(np.zeros((1, 1))).tolist() == [6.0]
+
+
+def test_costs_can_be_sent_to_another_process():
+    again = pickle.loads(pickle.dumps(COSTS))
+    assert again.step_s(SHAPES[1]) == COSTS.step_s(SHAPES[1])
 
 
 @pytest.mark.parametrize(
@@ -173,6 +191,10 @@ def test_additive_models_scale():
         (lambda data: data["operators"]["matmul"][3].update(linear="x"), "linear='x' must be one of"),
         (lambda data: data["steps"][2]["shape"].pop("lora_bytes"), r"steps\[2\].shape: lora_bytes=None"),
         (lambda data: data["steps"][2].update(gpu_us=float("nan")), r"steps\[2\]: gpu_us=nan"),
+        (
+            lambda data: [row.update(tp=2) for row in data["operators"]["lora"]],
+            "lora has no measurement at tp=1",
+        ),
         (lambda data: data.update(model="nobody"), "nobody"),
         (lambda data: data.update(host=[]), "host must be a list"),
     ],
