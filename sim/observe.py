@@ -8,7 +8,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from math import nan
+from math import inf, nan
 
 import numpy as np
 from numpy.typing import NDArray
@@ -97,31 +97,31 @@ class Observer:
         self._parts_s = parts_s
         self._steps = steps
         self._until_parts = 0
-        self._seen_at_s: float | None = None
-        self._now = (0, 0, 0)  # KV pages, adapter pages, sequences since the last look
-        self._adapter_changes = (-1, -1)
-        self._adapter_pages = 0
+        self._seen_at_s = inf  # before the first look there is nothing to sum
+        self._kv_pages = self._adapter_pages = self._sequences = 0  # at the last look
+        self._adapter_changes = 0
 
     def planned(self, scheduler: Scheduler, now_s: float) -> None:
         """Look at the memory after a plan."""
         usage = self.usage
-        if self._seen_at_s is not None:
-            elapsed_s = now_s - self._seen_at_s
-            kv_pages, adapter_pages, sequences = self._now
-            usage.kv_page_s += kv_pages * elapsed_s
-            usage.adapter_page_s += adapter_pages * elapsed_s
-            usage.sequence_s += sequences * elapsed_s
+        elapsed_s = now_s - self._seen_at_s
+        if elapsed_s > 0:
+            usage.kv_page_s += self._kv_pages * elapsed_s
+            usage.adapter_page_s += self._adapter_pages * elapsed_s
+            usage.sequence_s += self._sequences * elapsed_s
             usage.observed_s += elapsed_s
         self._seen_at_s = now_s
         residency = scheduler.residency
-        changes = (residency.loads, residency.evictions)
+        changes = residency.loads + residency.evictions
         if changes != self._adapter_changes:
             self._adapter_changes, self._adapter_pages = changes, residency.pages_held
-        kv_pages = scheduler.pool.num_used - self._adapter_pages
-        self._now = (kv_pages, self._adapter_pages, scheduler.num_running)
-        usage.kv_pages_max = max(usage.kv_pages_max, kv_pages)
-        usage.adapter_pages_max = max(usage.adapter_pages_max, self._adapter_pages)
-        usage.sequences_max = max(usage.sequences_max, scheduler.num_running)
+            usage.adapter_pages_max = max(usage.adapter_pages_max, self._adapter_pages)
+        self._kv_pages = kv_pages = scheduler.pool.num_used - self._adapter_pages
+        self._sequences = sequences = scheduler.num_running
+        if kv_pages > usage.kv_pages_max:
+            usage.kv_pages_max = kv_pages
+        if sequences > usage.sequences_max:
+            usage.sequences_max = sequences
 
     def ran(self, shape: StepShape, start_s: float, duration_s: float, gpu_s: float) -> None:
         """Note a step."""

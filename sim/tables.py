@@ -8,6 +8,8 @@ from typing import Any
 from sim.fit import FitReport
 from sim.result import SimResult
 
+MOST_REASONS = 3  # of refusals are shown; the JSON form has all
+
 
 def result_lines(result: SimResult) -> list[str]:
     """Show a simulation: metrics, what was used, what bounds it."""
@@ -17,7 +19,9 @@ def result_lines(result: SimResult) -> list[str]:
     rows += [["decoding sequences a step", f"{use.batch_mean:.1f}"]]
     rows += [[f"GPU time: {part}", f"{share:.1%}"] for part, share in use.time_shares.items()]
     rows += [["bottleneck", result.bottleneck]]
-    rows += [[f"refused: {reason}", str(count)] for reason, count in result.refused.items()]
+    reasons = sorted(result.refused.items(), key=lambda item: -item[1])
+    rows += [["refused", str(sum(result.refused.values()))]] if reasons else []
+    rows += [[f"  {reason}", str(count)] for reason, count in reasons[:MOST_REASONS]]
     return aligned(rows)
 
 
