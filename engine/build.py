@@ -11,6 +11,7 @@ from engine.adapter import AdapterSpec
 from engine.blueprint import Blueprint, blueprint
 from engine.config import ServingConfig
 from engine.errors import UserError
+from engine.model_shape import ModelShape
 from engine.runner import DTYPES, Runner
 from engine.weights import load_weights, random_weights
 
@@ -35,12 +36,13 @@ def build_runner(
     seed: int = 0,
     progress: Progress = lambda _: None,
     register: bool = True,
+    shape: ModelShape | None = None,
 ) -> Runner:
     """Build a runner. Weights come from `config.model` where that is a folder with safetensors, else they are random.
 
-    register: pack all adapters into host memory; the profiler does without. Raises UserError when something does not fit.
+    register: pack all adapters into host memory; the profiler does without. shape: of a model that `config.model` only names. Raises UserError when something does not fit.
     """
-    plan = blueprint(config, adapters)
+    plan = blueprint(config, adapters, shape)
     device = device_for(config)
     _check_memory(plan, device)
     folder = Path(config.model)

@@ -6,6 +6,7 @@ Every graph walks many weight sets (or all layers of the pool), so that what it 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from engine.batch import DeviceBatch
+from engine.model import ATTENTION_PROGRAMS
 from engine.model_shape import GROUPS, ModelShape
 from engine.runner import Runner
 from engine.timing import captured_us, event_us
@@ -56,7 +58,7 @@ def profile_operators(runner: Runner, *, quick: bool) -> Iterator[tuple[str, dic
     thin = 4 if quick else 1
     degrees = (1,) if quick else TP_DEGREES
     model = runner.blueprint.model
-    degrees = tuple(tp for tp in degrees if model.num_heads % tp == 0 and model.num_kv_heads % tp == 0)
+    degrees = tuple(tp for tp in degrees if model.num_kv_heads % tp == 0 and model.intermediate_size % tp == 0)
     scratch = _scratch(runner)
     for tp in degrees:
         for row in _matmul_rows(model, tp, scratch, MATMUL_TOKENS[::thin]):
@@ -70,14 +72,18 @@ def profile_operators(runner: Runner, *, quick: bool) -> Iterator[tuple[str, dic
             yield "attention_prefill", row
     for rows in (1, 16, 64, 128, 256)[::thin]:
         logits = torch.randn(rows, model.vocab_size, dtype=runner.dtype, device=runner.device)
-        yield "sample", {"rows": rows, "us": captured_us(lambda logits=logits: torch.argmax(logits, dim=-1))}
+        us = captured_us(partial(torch.argmax, logits, dim=-1), runner.device)
+        yield "sample", {"rows": rows, "us": us}
     for row in _transfer_rows(runner):
         yield "transfer", row
 
 
 def _scratch(runner: Runner) -> torch.Tensor:
-    """Return 2 GB of random numbers to cut weights from."""
-    return torch.empty(2**30, dtype=runner.dtype, device=runner.device).normal_(0, 0.02)
+    """Return random numbers to cut weights from: room for two of the largest, 2 GB where that is more than a few."""
+    model = runner.blueprint.model
+    largest = max(model.vocab_size * model.hidden_size, 2 * model.intermediate_size * model.hidden_size)
+    size = max(2 * largest, min(24 * largest, 2**30))
+    return torch.empty(size, dtype=runner.dtype, device=runner.device).normal_(0, 0.02)
 
 
 def _matmul_rows(
@@ -92,7 +98,7 @@ def _matmul_rows(
     for name, (out, inp) in shapes.items():
         size = out * inp
         copies = max(2, min(24, ROTATED_BYTES // (size * scratch.element_size())))
-        weights = [scratch[(i * size) % (len(scratch) - size) :][:size].view(out, inp) for i in range(copies)]
+        weights = [scratch[(i * size) % (len(scratch) - size + 1) :][:size].view(out, inp) for i in range(copies)]
         for tokens in token_counts:
             if name == "head" and tokens > 512:
                 continue
@@ -103,7 +109,7 @@ def _matmul_rows(
                 for weight in used:
                     F.linear(x, weight)
 
-            us = captured_us(call, replays=5) / len(used)
+            us = captured_us(call, scratch.device, replays=5) / len(used)
             yield {"tp": tp, "linear": name, "tokens": tokens, "us": us}
 
 
@@ -117,7 +123,8 @@ def _elementwise_rows(runner: Runner, tp: int, token_counts: tuple[int, ...]) ->
         rows = min(tokens, 256)
         slots = (torch.arange(tokens, device=runner.device) % rows).int()
         positions = (torch.arange(tokens, device=runner.device) // rows).int()
-        table = _page_table(runner, rows, -(-tokens // rows), pool.shape[0])
+        per_row = -(-tokens // rows)
+        table = _page_table(runner, np.full(rows, per_row), pool.shape[0])
         hidden, residual = (
             torch.randn(tokens, model.hidden_size, dtype=runner.dtype, device=runner.device) for _ in range(2)
         )
@@ -147,7 +154,7 @@ def _elementwise_rows(runner: Runner, tp: int, token_counts: tuple[int, ...]) ->
                 ops.add_rms_norm_(hidden, residual, norm, model.rms_norm_eps)
                 ops.silu_mul(gate_up)
 
-        yield {"tp": tp, "tokens": tokens, "us": captured_us(call) / model.num_layers}
+        yield {"tp": tp, "tokens": tokens, "us": captured_us(call, runner.device) / model.num_layers}
 
 
 def _decode_rows(runner: Runner, tp: int, thin: int) -> Iterator[dict[str, Any]]:
@@ -161,7 +168,7 @@ def _decode_rows(runner: Runner, tp: int, thin: int) -> Iterator[dict[str, Any]]
             if not skew
             else np.clip(kv * rng.lognormal(-0.5, skew, rows), 16, 8000).astype(int)
         )
-        if lens.sum() + 16 * rows > most:
+        if lens.sum() + 16 * rows > most or lens.max() > runner.blueprint.config.max_model_len:
             continue
         yield {
             "tp": tp,
@@ -177,11 +184,9 @@ def _decode_us(runner: Runner, tp: int, lens: np.ndarray) -> float:
     heads, kv_heads = model.heads_per_rank(tp), model.kv_heads_per_rank(tp)
     pool = _pool_view(runner, tp)
     rows = len(lens)
-    table = _page_table(runner, rows, -(-int(lens.max()) // config.page_tokens), pool.shape[0])
+    table = _page_table(runner, lens, pool.shape[0])
     q = torch.randn(rows, heads, model.head_dim, dtype=runner.dtype, device=runner.device)
     out = torch.empty(rows, heads * model.head_dim, dtype=runner.dtype, device=runner.device)
-    from engine.model import ATTENTION_PROGRAMS
-
     items, combine = plan_decode_attention(
         lens,
         page_tokens=config.page_tokens,
@@ -191,7 +196,7 @@ def _decode_us(runner: Runner, tp: int, lens: np.ndarray) -> float:
     items_gpu, num_items = _work_list(items, runner.device)
     combine_gpu, num_combine = _work_list(combine, runner.device)
     slots = torch.arange(rows, dtype=torch.int32, device=runner.device)
-    partial, lse = (
+    partials, lse = (
         runner.buffers.partial[:, :heads].contiguous(),
         runner.buffers.partial_lse[:, :heads].contiguous(),
     )
@@ -207,7 +212,7 @@ def _decode_us(runner: Runner, tp: int, lens: np.ndarray) -> float:
                 num_items,
                 combine_gpu,
                 num_combine,
-                partial,
+                partials,
                 lse,
                 out,
                 layer=layer,
@@ -218,7 +223,7 @@ def _decode_us(runner: Runner, tp: int, lens: np.ndarray) -> float:
                 num_programs=ATTENTION_PROGRAMS,
             )
 
-    return captured_us(call) / model.num_layers
+    return captured_us(call, runner.device) / model.num_layers
 
 
 def _prefill_rows(runner: Runner, tp: int, thin: int) -> Iterator[dict[str, Any]]:
@@ -243,7 +248,10 @@ def _prefill_rows(runner: Runner, tp: int, thin: int) -> Iterator[dict[str, Any]
             (4096, 0, 1),
         )
     ]
+    longest = runner.blueprint.config.max_model_len
     for chunks in cases[::thin]:
+        if max(length + start for length, start in chunks) > longest:
+            continue
         tokens = sum(length for length, _ in chunks)
         yield {
             "tp": tp,
@@ -256,13 +264,10 @@ def _prefill_rows(runner: Runner, tp: int, thin: int) -> Iterator[dict[str, Any]
 
 
 def _prefill_us(runner: Runner, tp: int, chunks: list[tuple[int, int]], tokens: int) -> float:
-    from engine.model import ATTENTION_PROGRAMS
-
     model, config = runner.blueprint.model, runner.blueprint.config
     heads, kv_heads = model.heads_per_rank(tp), model.kv_heads_per_rank(tp)
     pool = _pool_view(runner, tp)
-    longest = max(length + start for length, start in chunks)
-    table = _page_table(runner, len(chunks), -(-longest // config.page_tokens), pool.shape[0])
+    table = _page_table(runner, np.array([length + start for length, start in chunks]), pool.shape[0])
     starts = np.cumsum([0] + [length for length, _ in chunks])
     block_q = runner.layout(1).block_q
     plan = plan_prefill_attention(
@@ -290,7 +295,7 @@ def _prefill_us(runner: Runner, tp: int, chunks: list[tuple[int, int]], tokens: 
                 num_programs=ATTENTION_PROGRAMS,
             )
 
-    return captured_us(call) / model.num_layers
+    return captured_us(call, runner.device) / model.num_layers
 
 
 def lora_us(runner: Runner, batch: DeviceBatch) -> float:
@@ -312,14 +317,14 @@ def lora_us(runner: Runner, batch: DeviceBatch) -> float:
             for group in range(len(GROUPS)):
                 model.add_lora_(batch, layer, group, inputs[group], outputs[group])
 
-    return captured_us(call) / layers
+    return captured_us(call, runner.device) / layers
 
 
 def _transfer_rows(runner: Runner) -> Iterator[dict[str, Any]]:
     for size in TRANSFER_BYTES:
-        host = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        host = torch.empty(size, dtype=torch.uint8, pin_memory=runner.device.type == "cuda")
         target = torch.empty(size, dtype=torch.uint8, device=runner.device)
-        us = event_us(lambda host=host, target=target: target.copy_(host, non_blocking=True))
+        us = event_us(partial(target.copy_, host, non_blocking=True), runner.device)
         yield {"bytes": size, "us": us}
 
 
@@ -329,13 +334,13 @@ def _pool_view(runner: Runner, tp: int) -> torch.Tensor:
     return pool.view(pool.shape[0] * tp, pool.shape[1] // tp)
 
 
-def _page_table(runner: Runner, rows: int, pages: int, num_pages: int) -> torch.Tensor:
-    """Return distinct random pages for each row."""
-    generator = torch.Generator(runner.device).manual_seed(rows * 1009 + pages)
-    order = torch.randperm(num_pages, generator=generator, device=runner.device)
-    if rows * pages > num_pages:
-        raise ValueError(f"{rows} rows of {pages} pages exceed the pool's {num_pages}")
-    return order[: rows * pages].view(rows, pages).int()
+def _page_table(runner: Runner, lens: np.ndarray, num_pages: int) -> torch.Tensor:
+    """Return random pages for rows of these lengths in tokens: distinct ones as far as the pool reaches."""
+    pages = -(-lens.astype(np.int64) // runner.blueprint.config.page_tokens)
+    order = np.random.default_rng(len(lens)).permutation(num_pages)
+    first = np.cumsum(pages) - pages
+    index = (first[:, None] + np.arange(max(1, int(pages.max())))) % num_pages
+    return torch.from_numpy(order[index].astype(np.int32)).to(runner.device)
 
 
 def _work_list(items: np.ndarray, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,12 +12,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import torch
 
 from engine.adapter import AdapterSpec
 from engine.build import Progress, build_runner
 from engine.config import ServingConfig
 from engine.engine import Engine
+from engine.model_shape import ModelShape
 from engine.operator_profile import profile_operators
 from engine.provenance import provenance
 from engine.requests import Request
@@ -27,6 +27,7 @@ from engine.step_profile import MadeUpStep, StepBench
 
 ATTENTION_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 SCHEMA_VERSION = 1
+MOST_KV_TOKENS = 8000  # of a made-up decode row
 
 
 def profile_adapters() -> dict[str, AdapterSpec]:
@@ -48,10 +49,12 @@ def profile_adapters() -> dict[str, AdapterSpec]:
     return specs
 
 
-def profile(config: ServingConfig, *, quick: bool, progress: Progress) -> dict[str, Any]:
+def profile(
+    config: ServingConfig, *, quick: bool, progress: Progress, shape: ModelShape | None = None
+) -> dict[str, Any]:
     """Measure everything; return the profile as JSON data. `quick` thins every grid, to try the tool."""
     adapters = profile_adapters()
-    runner = build_runner(config, adapters, progress=progress, register=False)
+    runner = build_runner(config, adapters, progress=progress, register=False, shape=shape)
     bench = StepBench(runner)
     progress("whole steps")
     steps = _profile_steps(bench, config, quick=quick, progress=progress)
@@ -88,7 +91,8 @@ def _profile_steps(
     grid = list(step_grid(config, count=24 if quick else 320, seed=7))
     for number, wanted in enumerate(grid, start=1):
         kv_tokens = sum(kv + 17 for kv, _ in wanted.decodes) + sum(s + n + 17 for s, n, _ in wanted.chunks)
-        if kv_tokens > bench.kv_capacity_tokens:
+        longest = max([kv + 1 for kv, _ in wanted.decodes] + [s + n for s, n, _ in wanted.chunks])
+        if kv_tokens > bench.kv_capacity_tokens or longest > config.max_model_len:
             continue
         shape, us = bench.measure_us(wanted)
         rows.append({"shape": shape.to_json(), "gpu_us": round(us, 1)})
@@ -116,7 +120,7 @@ def step_grid(config: ServingConfig, *, count: int, seed: int) -> Iterator[MadeU
 
 
 def _corners(max_num_seqs: int) -> Iterator[MadeUpStep]:
-    for rows in (1, 2, 4, 8, 16, 32, 64, 128, max_num_seqs):
+    for rows in sorted({rows for rows in (1, 2, 4, 8, 16, 32, 64, 128) if rows < max_num_seqs} | {max_num_seqs}):
         for kv in (128, 1024):
             yield MadeUpStep(decodes=((kv, None),) * rows)
         for name in ("r16", "qkvo8", "r64"):
@@ -145,7 +149,7 @@ def _random_decodes(
     rng: np.random.Generator, rows: int, names: list[str | None]
 ) -> tuple[tuple[int, str | None], ...]:
     median, spread = math.exp(rng.uniform(math.log(32), math.log(2048))), rng.uniform(0, 1.2)
-    kv = np.clip(median * rng.lognormal(0, spread, rows), 8, 8000).astype(int)
+    kv = np.clip(median * rng.lognormal(0, spread, rows), 8, MOST_KV_TOKENS).astype(int)
     return tuple((int(tokens), names[int(rng.integers(len(names)))]) for tokens in kv)
 
 
@@ -176,6 +180,7 @@ def _profile_lora(bench: StepBench, *, quick: bool) -> list[dict[str, Any]]:
     """Time one layer's shrink and expand by tokens, distinct adapters and rank."""
     counts = {"r8": 32, "r16": 200, "r32": 24, "r64": 32, "r128": 12, "qkvo8": 96, "qkvo64": 16}
     ranks = {"r8": 8, "r16": 16, "r32": 32, "r64": 64, "r128": 128, "qkvo8": 8, "qkvo64": 64}
+    config = bench.runner.blueprint.config
     layers = bench.runner.blueprint.model.num_layers
     rows = []
     for group, available in counts.items():
@@ -184,12 +189,14 @@ def _profile_lora(bench: StepBench, *, quick: bool) -> list[dict[str, Any]]:
             for tokens in (1, 8, 32, 64, 128, 256)
             for adapters in (1, 4, 16, 32, 64, 128, 200)
         ]
-        cases = [(tokens, adapters) for tokens, adapters in cases if adapters <= min(tokens, available)]
+        cases = [(tokens, adapters) for tokens, adapters in cases if adapters <= min(tokens, available) and tokens <= config.max_num_seqs]
         for tokens, adapters in cases[:: 6 if quick else 1]:
             wanted = MadeUpStep(decodes=tuple((64, f"{group}-{row % adapters}") for row in range(tokens)))
             rows.append(_lora_row(bench, wanted, group, ranks[group], layers))
         for tokens in (64, 256, 512, 1000)[:: 2 if quick else 1]:
             for adapters in (1, 4):
+                if tokens > config.max_num_batched_tokens or adapters > config.max_num_seqs:
+                    continue
                 chunks = tuple((0, tokens // adapters, f"{group}-{number}") for number in range(adapters))
                 rows.append(_lora_row(bench, MadeUpStep(chunks=chunks), group, ranks[group], layers))
     return rows
@@ -215,10 +222,9 @@ def _lora_row(bench: StepBench, wanted: MadeUpStep, group: str, rank: int, layer
 def _profile_host(runner: Runner) -> list[dict[str, Any]]:
     """Serve bursts of base-model requests and take the host's time a turn, by decode rows and prefill chunks: medians."""
     samples: dict[tuple[int, int], list[float]] = defaultdict(list)
-    runner.builder.clear()
-    torch.cuda.synchronize()
     most = runner.blueprint.config.max_num_seqs
-    for rows in sorted({1, 8, 32, 64, 128, min(192, most), most}):
+    for rows in sorted({min(rows, most) for rows in (1, 8, 32, 64, 128, 192, most)}):
+        runner.builder.clear()
         engine = Engine(runner.blueprint, runner)
         prompt = np.full(24, 11, dtype=np.int32)
         for number in range(rows):

@@ -18,7 +18,7 @@ from engine.residency import AdapterState, ResidentAdapter
 from engine.runner import Runner
 from engine.scheduler import Phase, Sequence
 from engine.step import PrefillChunk, Step, StepShape
-from engine.timing import event_us
+from engine.timing import event_us, synchronize
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,8 +41,9 @@ class StepBench:
         plan = runner.blueprint
         updates = 2 * plan.config.max_num_seqs * runner.buffers.page_table.shape[1]
         size = runner.device_metadata.numel() + updates
-        self._metadata = torch.zeros(size, dtype=torch.int32, pin_memory=True)
-        self._tokens = torch.zeros(plan.config.max_num_seqs, dtype=torch.int64, pin_memory=True)
+        pin = runner.device.type == "cuda"
+        self._metadata = torch.zeros(size, dtype=torch.int32, pin_memory=pin)
+        self._tokens = torch.zeros(plan.config.max_num_seqs, dtype=torch.int64, pin_memory=pin)
 
     @property
     def kv_capacity_tokens(self) -> int:
@@ -65,7 +66,7 @@ class StepBench:
         }
         builder.build(step, layout, layout.views(self._metadata.numpy()), tokens_of)
         runner.send(layout, self._metadata, updates)
-        torch.cuda.synchronize()
+        synchronize(runner.device)
         return step, DeviceBatch(layout, layout.views(runner.device_metadata), key.decode_only, key.with_lora)
 
     def measure_us(self, wanted: MadeUpStep) -> tuple[StepShape, float]:
@@ -79,7 +80,7 @@ class StepBench:
             tokens = runner.run(key, layout)
             self._tokens[: len(tokens)].copy_(tokens, non_blocking=True)
 
-        return step.shape, event_us(call)
+        return step.shape, event_us(call, runner.device)
 
     def measure_lora_us(self, wanted: MadeUpStep) -> tuple[StepShape, float]:
         """Return a step's shape and the time of one layer's shrink and expand in it."""
@@ -153,5 +154,5 @@ def _place_adapters(runner: Runner) -> dict[str, ResidentAdapter]:
         table = torch.from_numpy(runner.blueprint.layout(name).table(pages))
         pool[pages[0]].view(torch.int32)[: len(table)] = table.to(pool.device)
         residents[name] = ResidentAdapter(name, slot, pages, footprint, AdapterState.RESIDENT)
-    torch.cuda.synchronize()
+    synchronize(runner.device)
     return residents

@@ -1,7 +1,8 @@
-"""GPU times by CUDA events over graph replays, as medians."""
+"""Times of GPU work by CUDA events over graph replays, as medians; on a CPU, where only the tool is tried, by the wall clock."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import torch
@@ -10,20 +11,26 @@ WARMUP_REPLAYS = 2
 REPLAYS = 7
 
 
-def captured_us(call: Callable[[], object], *, replays: int = REPLAYS) -> float:
+def captured_us(call: Callable[[], object], device: torch.device, *, replays: int = REPLAYS) -> float:
     """Return the median microseconds of one replay of `call`, captured as a CUDA graph."""
-    stream = torch.cuda.Stream()
+    if device.type != "cuda":
+        return event_us(call, device, replays=1)
+    stream = torch.cuda.Stream(device)
     with torch.cuda.stream(stream):
         call()
-    torch.cuda.synchronize()
+    torch.cuda.synchronize(device)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         call()
-    return event_us(graph.replay, replays=replays)
+    return event_us(graph.replay, device, replays=replays)
 
 
-def event_us(call: Callable[[], object], *, replays: int = REPLAYS) -> float:
-    """Return the median microseconds that the GPU spends on `call`."""
+def event_us(call: Callable[[], object], device: torch.device, *, replays: int = REPLAYS) -> float:
+    """Return the median microseconds that the device spends on `call`."""
+    if device.type != "cuda":
+        started_s = time.perf_counter()
+        call()
+        return (time.perf_counter() - started_s) * 1e6
     for _ in range(WARMUP_REPLAYS):
         call()
     pairs = []
@@ -33,6 +40,12 @@ def event_us(call: Callable[[], object], *, replays: int = REPLAYS) -> float:
         call()
         ended.record()
         pairs.append((started, ended))
-    torch.cuda.synchronize()
+    torch.cuda.synchronize(device)
     times = sorted(started.elapsed_time(ended) * 1e3 for started, ended in pairs)
-    return times[len(times) // 2]
+    return float(times[len(times) // 2])
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
