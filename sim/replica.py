@@ -36,7 +36,10 @@ class StepTimes(Protocol):
         """GPU time of a step."""
 
     def decode_run_s(self, shape: StepShape, steps: int) -> Floats:
-        """GPU time of each of `steps` decode steps: `shape`, then one more KV token a row each."""
+        """GPU time of each of `steps` decode steps: `shape`, then one more KV token a row each.
+
+        They never fall.
+        """
 
     def host_s(self, shape: StepShape) -> float:
         """CPU time of one turn of the engine's loop."""
@@ -153,7 +156,10 @@ class Replica:
         self._gpu_s = self._costs.decode_run_s(step.shape, further + 1)
         starts = np.empty(further + 2)
         starts[0] = now_s
-        np.maximum(self._gpu_s, self._costs.host_s(step.shape), out=starts[1:])
+        starts[1:] = self._gpu_s
+        host_s = self._costs.host_s(step.shape)
+        if starts[1] < host_s:  # later steps only take longer
+            np.maximum(starts[1:], host_s, out=starts[1:])
         self._starts = starts.cumsum()
         self._last = further
         self._cut(min(self.loads.next_end_s, float(self._starts[further])))

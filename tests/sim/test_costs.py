@@ -63,10 +63,23 @@ def test_parts_add_up_to_the_step(shape, tp):
     assert sum(costs.parts_s(shape).values()) == pytest.approx(costs.step_s(shape), rel=1e-12)
 
 
-def test_a_run_of_decode_steps_costs_what_its_steps_cost():
-    shape = synthetic.shape(rows=37, kv=100, adapters=20)
-    one_by_one = [COSTS.step_s(decode_ahead(shape, ahead)) for ahead in range(500)]
-    np.testing.assert_allclose(COSTS.decode_run_s(shape, 500), one_by_one, rtol=0, atol=1e-15)
+def knotted_profile():
+    """A profile whose decode attention has two limits, or knees, so that a run of steps is not one straight
+    line.
+    """
+    data = synthetic.profile_json(tps=(1,))
+    for row in data["operators"]["attention_decode"]:
+        row["us"] = 5 + max(0.3 * row["rows"], 0.001 * row["kv_tokens"])
+    return parse_profile(data, "two limits")
+
+
+@pytest.mark.parametrize("profile", [PROFILE, knotted_profile()])
+@pytest.mark.parametrize("steps", [1, 2, 500])
+def test_a_run_of_decode_steps_costs_what_its_steps_cost(profile, steps):
+    costs = fit_costs(profile)
+    for shape in (synthetic.shape(rows=37, kv=100, adapters=20), synthetic.shape(rows=200, kv=20)):
+        one_by_one = [costs.step_s(decode_ahead(shape, ahead)) for ahead in range(steps)]
+        np.testing.assert_allclose(costs.decode_run_s(shape, steps), one_by_one, rtol=0, atol=1e-15)
 
 
 sizes = st.integers(0, 10**6)
