@@ -104,7 +104,9 @@ class StepCosts:
         )
         if last_s is not None:  # in closed form: a third of the time of the arrays below
             slope_s = (last_s - first_s) / further if further else 0.0
-            line_s: Floats = np.arange(steps) * slope_s + total_s
+            line_s = np.arange(steps, dtype=np.float64)
+            line_s *= slope_s
+            line_s += total_s
             return line_s
         ahead = np.arange(steps)
         times_s = self._decode.run((float(rows), kv_tokens + rows * ahead, kv_max + ahead), steps)
