@@ -58,7 +58,9 @@ def profile_operators(runner: Runner, *, quick: bool) -> Iterator[tuple[str, dic
     thin = 4 if quick else 1
     degrees = (1,) if quick else TP_DEGREES
     model = runner.blueprint.model
-    degrees = tuple(tp for tp in degrees if model.num_kv_heads % tp == 0 and model.intermediate_size % tp == 0)
+    degrees = tuple(
+        tp for tp in degrees if model.num_kv_heads % tp == 0 and model.intermediate_size % tp == 0
+    )
     scratch = _scratch(runner)
     for tp in degrees:
         for row in _matmul_rows(model, tp, scratch, MATMUL_TOKENS[::thin]):
@@ -98,7 +100,9 @@ def _matmul_rows(
     for name, (out, inp) in shapes.items():
         size = out * inp
         copies = max(2, min(24, ROTATED_BYTES // (size * scratch.element_size())))
-        weights = [scratch[(i * size) % (len(scratch) - size + 1) :][:size].view(out, inp) for i in range(copies)]
+        weights = [
+            scratch[(i * size) % (len(scratch) - size + 1) :][:size].view(out, inp) for i in range(copies)
+        ]
         for tokens in token_counts:
             if name == "head" and tokens > 512:
                 continue

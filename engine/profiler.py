@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -120,7 +121,9 @@ def step_grid(config: ServingConfig, *, count: int, seed: int) -> Iterator[MadeU
 
 
 def _corners(max_num_seqs: int) -> Iterator[MadeUpStep]:
-    for rows in sorted({rows for rows in (1, 2, 4, 8, 16, 32, 64, 128) if rows < max_num_seqs} | {max_num_seqs}):
+    for rows in sorted(
+        {rows for rows in (1, 2, 4, 8, 16, 32, 64, 128) if rows < max_num_seqs} | {max_num_seqs}
+    ):
         for kv in (128, 1024):
             yield MadeUpStep(decodes=((kv, None),) * rows)
         for name in ("r16", "qkvo8", "r64"):
@@ -189,7 +192,11 @@ def _profile_lora(bench: StepBench, *, quick: bool) -> list[dict[str, Any]]:
             for tokens in (1, 8, 32, 64, 128, 256)
             for adapters in (1, 4, 16, 32, 64, 128, 200)
         ]
-        cases = [(tokens, adapters) for tokens, adapters in cases if adapters <= min(tokens, available) and tokens <= config.max_num_seqs]
+        cases = [
+            (tokens, adapters)
+            for tokens, adapters in cases
+            if adapters <= min(tokens, available) and tokens <= config.max_num_seqs
+        ]
         for tokens, adapters in cases[:: 6 if quick else 1]:
             wanted = MadeUpStep(decodes=tuple((64, f"{group}-{row % adapters}") for row in range(tokens)))
             rows.append(_lora_row(bench, wanted, group, ranks[group], layers))
@@ -222,10 +229,14 @@ def _lora_row(bench: StepBench, wanted: MadeUpStep, group: str, rank: int, layer
 def _profile_host(runner: Runner) -> list[dict[str, Any]]:
     """Serve bursts of base-model requests and take the host's time a turn, by decode rows and prefill chunks: medians."""
     samples: dict[tuple[int, int], list[float]] = defaultdict(list)
-    most = runner.blueprint.config.max_num_seqs
+    config = runner.blueprint.config
+    # Captured steps only: launching an eager step one kernel at a time is slower, and is hidden behind its many tokens.
+    captured = max(config.max_num_seqs, min(config.max_num_batched_tokens, config.graph_max_tokens))
+    plan = replace(runner.blueprint, config=config.with_changes(max_num_batched_tokens=captured))
+    most = config.max_num_seqs
     for rows in sorted({min(rows, most) for rows in (1, 8, 32, 64, 128, 192, most)}):
         runner.builder.clear()
-        engine = Engine(runner.blueprint, runner)
+        engine = Engine(plan, runner)
         prompt = np.full(24, 11, dtype=np.int32)
         for number in range(rows):
             request = Request(

@@ -7,6 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from engine.adapter import AdapterSpec
 from engine.build import Progress, build_runner
 from engine.config import ServingConfig
@@ -74,11 +76,20 @@ def write_record(
         "num_pages": engine.blueprint.memory.num_pages,
         "page_bytes": engine.blueprint.memory.page_bytes,
         "steps": len(engine.steps),
+        "gpu_memory_used_bytes": _memory_used_bytes(engine.runner.device),
         "totals": totals,
         **provenance(),
     }
     write_run(out, RunRecord(run=run, requests=requests, steps=steps_frame(engine.steps)))
     return totals
+
+
+def _memory_used_bytes(device: torch.device) -> int | None:
+    """Return what is in use on the GPU, context and graphs included."""
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free
 
 
 def _adapter_json(spec: AdapterSpec) -> dict[str, Any]:

@@ -123,7 +123,9 @@ def serve(engine, seed=0):
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-@pytest.mark.parametrize("changes", [{}, {"num_pages": 60}, {"graph_max_tokens": 0}], ids=["graphs", "pressure", "eager"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"num_pages": 60}, {"graph_max_tokens": 0}], ids=["graphs", "pressure", "eager"]
+)
 def test_triton_in_graphs_equals_the_reference(shape, changes):
     triton_engine = Recorder(shape, "triton", changes.get("graph_max_tokens", 1) > 0, **changes)
     reference_engine = Recorder(shape, "reference", False, **(changes | {"graph_max_tokens": 0}))
