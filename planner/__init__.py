@@ -1,0 +1,1 @@
+"""Search over serving configurations: what to run on how many GPUs, and what it will do."""

@@ -1,0 +1,105 @@
+"""What a plan takes for granted, and what its reader should be warned of: one sentence each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from engine.adapter import DEFAULT_RANK, AdapterSpec
+from engine.config import ServingConfig
+from planner.intervals import EXTRAPOLATED_FACTOR, EXTRAPOLATED_LEAST, error_of
+from planner.trial import Trial
+from planner.workload import REQUESTS_A_REPLICA, WINDOW_REQUESTS, longest_request, too_long
+from sim.profile import Profile
+from traces import Trace
+
+
+def assumptions(
+    trace: Trace, given: Mapping[str, AdapterSpec] | None, profile: Profile, error: float
+) -> list[str]:
+    """Return what the plan takes for granted."""
+    said = [
+        _profile(profile),
+        "Attainment is the criterion: the share of all requests that meet every bound.",
+        "Adapters are warm in host memory and cold on the GPU when the trace begins.",
+        f"A prediction's interval is the cost model's held-out error (±{error:.1%} a step) through the queue; "
+        f"extrapolated steps: ±{error_of('extrapolated', error):.0%} (×{EXTRAPOLATED_FACTOR:g}, at least ±{EXTRAPOLATED_LEAST:.0%}).",
+        "Sustainable rates speed the trace up evenly: the same requests and bursts in less time.",
+        f"Settings are compared with one replica on the busiest {WINDOW_REQUESTS:,} requests; what is shown is judged "
+        "on the whole trace.",
+        "Prices are examples in planner/prices.json; --prices gives your own.",
+    ]
+    if trace.adapters and given is None:
+        said.append("Adapters are dense LoRA on all seven linears, replicated on every GPU of a replica.")
+    unknown = sum(rank is None for rank in trace.adapters.values())
+    if unknown and given is None:
+        said.append(f"{unknown} adapters have no rank in the trace: rank {DEFAULT_RANK} is assumed.")
+    return said
+
+
+def _profile(profile: Profile) -> str:
+    facts = profile.provenance
+    commit = str(facts.get("commit") or "unknown")[:12]
+    return (
+        f"Costs: {profile.source}, measured on {facts.get('gpu_name') or profile.gpu} at commit {commit}, "
+        f"{facts.get('date') or 'no date'}."
+    )
+
+
+def warnings(
+    trace: Trace,
+    config: ServingConfig,
+    profile: Profile,
+    shown: Sequence[Trial],
+    *,
+    timed_out: bool,
+    priced: bool,
+) -> list[str]:
+    """Return what weakens the plan."""
+    said = []
+    if timed_out:
+        said.append("Time was up before the search was done: this is the best so far.")
+    refused = too_long(trace, config.max_model_len)
+    if refused:
+        said.append(
+            f"{refused} requests are longer (up to {longest_request(trace):,} tokens) than the model can attend to "
+            f"({config.max_model_len:,}): they are refused and count as missed."
+        )
+    if trace.columns.prefix_blocks is not None:
+        said.append(
+            "The trace shares prompt prefixes: prefix caching is not modelled, every prompt is computed in full."
+        )
+    degrees = sorted({trial.config.tp for trial in shown if trial.config.tp > 1})
+    if degrees:
+        said.append(
+            f"TP {', '.join(map(str, degrees))} is extrapolated: composed from operators and two-GPU all-reduces, "
+            "not measured as whole steps."
+        )
+    if profile.model.name != config.model.lower():
+        said.append(f"Costs are scaled from {profile.model.name}, which was measured, to {config.model}.")
+    said += _single_gpu(shown)
+    if any(trial.capped for trial in shown):
+        said.append(
+            "A sustainable rate is where arithmetic ends it, not the SLO: the trace is too short to fill the GPUs."
+        )
+    most = max((trial.config.replicas for trial in shown), default=1)
+    if len(trace) < REQUESTS_A_REPLICA * most:
+        said.append(
+            f"The trace has {len(trace):,} requests for {most} replicas: it was repeated to find sustainable rates."
+        )
+    if not priced:
+        said.append(f"No price of gpu {config.gpu!r} is known: --prices gives one.")
+    return said
+
+
+def _single_gpu(shown: Sequence[Trial]) -> list[str]:
+    """Return how much of what TP 1 rests on lies beyond what was measured."""
+    shares = [
+        trial.at_rate.extrapolated_share
+        for trial in shown
+        if trial.config.tp == 1 and trial.at_rate is not None and trial.at_rate.extrapolated_share
+    ]
+    if not shares:
+        return []
+    return [
+        f"TP 1: up to {max(shares):.2%} of the steps lie beyond the measured sizes, so its numbers are marked extrapolated."
+    ]

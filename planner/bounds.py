@@ -1,0 +1,68 @@
+"""What no schedule can beat: bounds by arithmetic, before anything is simulated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from engine.config import ServingConfig
+from engine.step import StepShape
+from sim.replica import StepTimes
+from traces import Trace
+from traces.metrics import Slo
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bounds:
+    """Of one replica: seconds that even a lone request takes, and requests per second never exceeded.
+
+    ttft_s is of the prompt that is exceeded by just the share of requests that may miss the SLO.
+    """
+
+    ttft_s: float
+    tpot_s: float
+    rate_rps: float
+
+    def reason(self, slo: Slo) -> str | None:
+        """Say why the SLO cannot be met at any rate; None where it may be."""
+        if self.tpot_s > slo.tpot_s:
+            return f"a decode step of one sequence takes {self.tpot_s * 1e3:.1f} ms, TPOT may be {slo.tpot_s * 1e3:g} ms"
+        if self.ttft_s > slo.ttft_s:
+            return (
+                f"a lone prompt of the trace's {slo.attainment * 100:g}th percentile takes {self.ttft_s * 1e3:.0f} ms, "
+                f"TTFT may be {slo.ttft_s * 1e3:g} ms"
+            )
+        return None
+
+
+def bounds(trace: Trace, config: ServingConfig, costs: StepTimes, slo: Slo) -> Bounds:
+    """Bound one replica of a configuration on a trace.
+
+    Each step takes at least what its tokens take without attention, LoRA and host, and at most
+    max_num_batched_tokens of them, max_num_seqs of which decode. A token is cheapest in the fullest step.
+    """
+    prompts, outputs = trace.columns.prompt_tokens, trace.columns.output_tokens
+    prompt = int(np.quantile(prompts, slo.attainment, method="lower"))
+    tpot_s = _decode_s(costs, 1) if float((outputs > 1).mean()) > 1 - slo.attainment else 0.0
+    tokens, seqs = config.max_num_batched_tokens, config.max_num_seqs
+    most = max(tokens, 1)
+    by_tokens_s = (float(prompts.mean()) + float(outputs.mean()) - 1) * _dense_s(costs, most) / most
+    by_slots_s = (float(outputs.mean()) - 1) * _decode_s(costs, seqs) / seqs
+    least_s = max(by_tokens_s, by_slots_s)
+    return Bounds(ttft_s=_prefill_s(costs, prompt, tokens), tpot_s=tpot_s, rate_rps=1 / least_s)
+
+
+def _decode_s(costs: StepTimes, rows: int) -> float:
+    shape = StepShape(decode_rows=rows, decode_kv_tokens=rows, decode_kv_max=1, sample_rows=rows)
+    return costs.step_s(shape)
+
+
+def _dense_s(costs: StepTimes, tokens: int) -> float:
+    return costs.step_s(StepShape(prefill_tokens=tokens))
+
+
+def _prefill_s(costs: StepTimes, prompt: int, chunk: int) -> float:
+    """Return the least time of a prompt on an idle replica: full chunks and the rest, without attention."""
+    full, rest = divmod(prompt, chunk)
+    return full * _dense_s(costs, chunk) + (_dense_s(costs, rest) if rest else 0.0)

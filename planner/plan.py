@@ -1,0 +1,111 @@
+"""A plan: what is recommended, what it will do, what else there is, and what all that rests on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from engine.config import ServingConfig
+from planner.intervals import Prediction
+from planner.space import Infeasible
+from planner.trial import Trial
+from planner.workload import Piece
+from traces.metrics import Slo
+
+Objective = Literal["goodput", "min-gpus"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """A configuration and what is predicted of it.
+
+    predicted: metrics at the rate that is asked for, by key, and `sustainable_rps`. judged_on: what piece of the
+    trace `sustainable_rps` comes from. memory_per_gpu_bytes: adds up to the GPU's memory; adapters and KV at
+    their peak at the highest sustainable rate. bottleneck: what bounds it there. misses: what most requests that
+    miss the SLO at the rate asked for miss, where it is not met.
+    """
+
+    config: ServingConfig
+    predicted: Mapping[str, Prediction]
+    sustainable_rps: float
+    judged_on: Piece
+    memory_per_gpu_bytes: Mapping[str, int]
+    bottleneck: str
+    cost_usd_per_hour: float | None
+    meets_slo: bool
+    misses: str | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON form."""
+        return {
+            "config": self.config.to_json(),
+            "predicted": {name: value.to_json() for name, value in self.predicted.items()},
+            "sustainable_rps": self.sustainable_rps,
+            "judged_on": self.judged_on,
+            "memory_per_gpu_bytes": dict(self.memory_per_gpu_bytes),
+            "bottleneck": self.bottleneck,
+            "cost_usd_per_hour": self.cost_usd_per_hour,
+            "meets_slo": self.meets_slo,
+            "misses": self.misses,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """The answer. `recommended` is None where no configuration meets the SLO: then there is `nearest`."""
+
+    objective: Objective
+    gpus: int
+    rate_rps: float
+    requests: int
+    recommended: Choice | None
+    fewest_gpus: Choice | None
+    nearest: Choice | None
+    alternatives: tuple[Choice, ...]
+    slo: Slo
+    assumptions: tuple[str, ...]
+    warnings: tuple[str, ...]
+    trials: tuple[Trial, ...]
+    impossible: tuple[Infeasible, ...]
+
+    def trial_rows(self) -> list[dict[str, Any]]:
+        """Return everything that was tried, one object each."""
+        rows = [trial.to_json() for trial in self.trials]
+        return rows + [
+            {
+                "tp": setting.tp,
+                "max_num_seqs": setting.max_num_seqs,
+                "max_num_batched_tokens": setting.max_num_batched_tokens,
+                "status": "infeasible",
+                "reason": setting.reason,
+            }
+            for setting in self.impossible
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON form."""
+        slo = self.slo
+        return {
+            "recommended": _json(self.recommended),
+            "fewest_gpus": _json(self.fewest_gpus),
+            "nearest_miss": _json(self.nearest),
+            "alternatives": [choice.to_json() for choice in self.alternatives],
+            "objective": self.objective,
+            "gpus": self.gpus,
+            "trace": {"requests": self.requests, "rate_rps": self.rate_rps},
+            "slo": {
+                "ttft_s": slo.ttft_s,
+                "tpot_s": slo.tpot_s,
+                "e2e_s": slo.e2e_s,
+                "percentile": slo.percentile,
+                "attainment": slo.attainment,
+            },
+            "assumptions": list(self.assumptions),
+            "warnings": list(self.warnings),
+            "trials": self.trial_rows(),
+        }
+
+
+def _json(choice: Choice | None) -> dict[str, Any] | None:
+    return None if choice is None else choice.to_json()

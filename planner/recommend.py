@@ -1,0 +1,175 @@
+"""From a trace and an SLO to a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+
+from engine.adapter import AdapterSpec, adapters_of_trace
+from engine.blueprint import blueprint
+from engine.errors import UserError
+from planner import assumptions as said
+from planner.intervals import Prediction, predictions, rate, step_error
+from planner.jobs import Runner
+from planner.plan import Choice, Objective, Plan
+from planner.probe import Prober, Simulate
+from planner.search import Findings, Progress, search
+from planner.space import Space
+from planner.trial import Trial, fewest_gpus
+from planner.workers import Workers, cores
+from planner.workload import Workload
+from sim.costs import costs_for
+from sim.profile import Profile
+from sim.simulate import simulate as run_simulation
+from traces import Trace
+from traces.metrics import Slo
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """What is asked.
+
+    trace: at the rate to plan for. adapters: what the trace's adapters are; None: dense LoRA of its ranks. prices:
+    US dollars per GPU-hour. show: alternatives beside the recommendation.
+    """
+
+    trace: Trace
+    space: Space
+    slo: Slo
+    profile: Profile
+    adapters: Mapping[str, AdapterSpec] | None = None
+    objective: Objective = "goodput"
+    prices: Mapping[str, float]
+    show: int = 5
+    seed: int = 42
+
+
+def recommend(
+    question: Question,
+    *,
+    workers: int | None = None,
+    timeout_s: float | None = None,
+    progress: Progress | None = None,
+    simulate: Simulate = run_simulation,
+) -> Plan:
+    """Search the question's space and answer.
+
+    workers: processes (None: all cores); the answer does not depend on it. timeout_s: after so long, the best so
+    far. Raises UserError for what cannot be planned, such as adapters that the engine cannot run.
+    """
+    adapters = adapters_of_trace(question.trace.adapters, question.adapters)
+    for spec in adapters.values():
+        if spec.kind != "lora":
+            raise UserError(f"adapter {spec.name!r}: kind {spec.kind!r} is not supported yet")
+    prober = Prober(
+        workload=Workload.of(question.trace),
+        slo=question.slo,
+        adapters=adapters,
+        price=partial(costs_for, question.profile),
+        simulate=simulate,
+        seed=question.seed,
+    )
+    with Workers(Runner(prober), workers or cores(), timeout_s) as jobs:
+        findings = search(question.space, prober, jobs, show=question.show, progress=progress)
+        if not findings.trials and jobs.timed_out:
+            raise RuntimeError("time was up before any configuration was tried; give a longer --timeout-s")
+    return _plan(question, prober, findings)
+
+
+def _plan(question: Question, prober: Prober, findings: Findings) -> Plan:
+    """Choose among the findings."""
+    ranked, rate_rps = findings.ranked, findings.rate_rps
+    able = [trial for trial in ranked if trial.meets(rate_rps)]
+    fewest = None if findings.fewest is None else findings.trials[findings.fewest]
+    if question.objective == "min-gpus":
+        able = fewest_gpus(able)
+    best = next(iter(able), None)
+    nearest = ranked[0] if best is None and ranked else None
+    by_config = {trial.config: trial for trial in (*able, *ranked) if trial.at_rate is not None}
+    for main in (best, nearest):
+        if main is not None:
+            by_config.pop(main.config, None)
+    others = list(by_config.values())[: question.show]
+    maker = _Maker(question, prober, rate_rps)
+    shown = [trial for trial in (best, fewest, nearest, *others) if trial is not None]
+    error = maker.error
+    return Plan(
+        objective=question.objective,
+        gpus=question.space.gpus,
+        rate_rps=rate_rps,
+        requests=len(question.trace),
+        recommended=maker.choice(best),
+        fewest_gpus=maker.choice(fewest if best is not None else None),
+        nearest=maker.choice(nearest),
+        alternatives=tuple(choice for trial in others if (choice := maker.choice(trial)) is not None),
+        slo=question.slo,
+        assumptions=tuple(said.assumptions(question.trace, question.adapters, question.profile, error)),
+        warnings=tuple(
+            said.warnings(
+                question.trace,
+                question.space.base,
+                question.profile,
+                shown,
+                timed_out=findings.timed_out,
+                priced=question.space.base.gpu.lower() in question.prices,
+            )
+        ),
+        trials=tuple(findings.trials.values()),
+        impossible=tuple(findings.impossible),
+    )
+
+
+class _Maker:
+    """Makes choices of trials."""
+
+    def __init__(self, question: Question, prober: Prober, rate_rps: float) -> None:
+        self._question = question
+        self._prober = prober
+        self._rate_rps = rate_rps
+        self.error = step_error(costs_for(question.profile, question.space.base).report)
+
+    def choice(self, trial: Trial | None) -> Choice | None:
+        """Return what is predicted of a trial's configuration."""
+        if trial is None:
+            return None
+        probe = trial.at_rate or self._prober(trial.config, "window", 1.0, watch=True)
+        price = self._question.prices.get(trial.config.gpu.lower())
+        return Choice(
+            config=trial.config,
+            predicted=self._predicted(trial.with_probe(probe)),
+            sustainable_rps=trial.sustainable_rps,
+            judged_on=trial.piece,
+            memory_per_gpu_bytes=self._memory(trial.with_probe(probe)),
+            bottleneck=trial.bottleneck,
+            cost_usd_per_hour=None if price is None else price * trial.config.gpus,
+            meets_slo=probe.meets,
+            misses=None if probe.meets else probe.binding,
+        )
+
+    def _predicted(self, trial: Trial) -> dict[str, Prediction]:
+        probe = trial.at_rate
+        assert probe is not None
+        provenance = probe.provenance or "extrapolated"
+        load = self._rate_rps / trial.sustainable_rps if trial.sustainable_rps > 0 else 1.0
+        values = predictions(probe.metrics, provenance, self.error, load)
+        return values | {"sustainable_rps": rate(trial.sustainable_rps, provenance, self.error)}
+
+    def _memory(self, trial: Trial) -> dict[str, int]:
+        memory = blueprint(trial.config, self._prober.adapters).memory
+        probe = trial.at_best or trial.at_rate
+        assert probe is not None
+        adapters = round(probe.adapter_pages_max * memory.num_pages) * memory.page_bytes
+        kv = min(
+            round(probe.kv_pages_max * memory.num_pages) * memory.page_bytes, memory.pool_bytes - adapters
+        )
+        return {
+            "total": memory.total_bytes,
+            "weights": memory.weights_bytes,
+            "activations": memory.activations_bytes,
+            "runtime": memory.runtime_bytes,
+            "adapters": adapters,
+            "kv": kv,
+            "free": memory.pool_bytes - adapters - kv,
+            "unused": memory.unused_bytes,
+        }

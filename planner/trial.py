@@ -1,0 +1,98 @@
+"""What is known of a configuration after it was tried."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from engine.config import ServingConfig
+from planner.probe import Probe
+from planner.rate import RateRange
+from planner.workload import Piece
+
+TIE = 0.01  # rates within 1 % are equal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trial:
+    """A configuration and the best that is known of it.
+
+    sustainable_rps: the highest rate seen to meet the SLO on `piece`; 0 where none did. at_best: the simulation at
+    that rate. above: one at which the SLO was missed. at_rate: the simulation of the whole trace at the
+    rate that is asked for. capped: the rate stopped at what arithmetic allows, not at the SLO.
+    """
+
+    config: ServingConfig
+    piece: Piece
+    sustainable_rps: float
+    at_best: Probe | None = None
+    above: Probe | None = None
+    at_rate: Probe | None = None
+    capped: bool = False
+
+    @classmethod
+    def of(cls, config: ServingConfig, piece: Piece, rate_rps: float, found: RateRange) -> Trial:
+        """Build from a search whose scale 1 was `rate_rps`."""
+        return cls(
+            config=config,
+            piece=piece,
+            sustainable_rps=found.scale * rate_rps,
+            at_best=found.passed,
+            above=found.failed,
+            capped=found.passed is not None and found.failed is None,
+        )
+
+    def with_probe(self, probe: Probe) -> Trial:
+        """Return it with the simulation at the rate that is asked for."""
+        return replace(self, at_rate=probe)
+
+    def meets(self, rate_rps: float) -> bool:
+        """Whether it meets the SLO at the rate that is asked for, as far as is known."""
+        if self.at_rate is not None:
+            return self.at_rate.meets
+        return self.sustainable_rps >= rate_rps
+
+    @property
+    def bottleneck(self) -> str:
+        """What bounds it at the highest rate that it sustains, else where it was seen to miss the SLO."""
+        for probe in (self.at_best, self.at_rate, self.above):
+            if probe is not None:
+                return probe.bottleneck
+        return "unknown"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return one line of trials.jsonl."""
+        probe = self.at_rate
+        return {
+            "tp": self.config.tp,
+            "replicas": self.config.replicas,
+            "gpus": self.config.gpus,
+            "max_num_seqs": self.config.max_num_seqs,
+            "max_num_batched_tokens": self.config.max_num_batched_tokens,
+            "status": "judged" if self.piece == "trace" else "screened",
+            "piece": self.piece,
+            "sustainable_rps": self.sustainable_rps,
+            "slo_attainment_at_rate": None if probe is None else probe.attainment,
+            "bottleneck": self.bottleneck,
+        }
+
+
+def most_rate(trials: list[Trial]) -> list[Trial]:
+    """Return them best first: by sustainable rate; the first tie (within TIE) to fewer GPUs."""
+    ranked = sorted(trials, key=lambda trial: (-trial.sustainable_rps, order(trial.config)))
+    if not ranked:
+        return []
+    least_rps = ranked[0].sustainable_rps * (1 - TIE)
+    tied = [trial for trial in ranked if trial.sustainable_rps >= least_rps]
+    best = min(tied, key=lambda trial: (trial.config.gpus, -trial.sustainable_rps, order(trial.config)))
+    return [best, *(trial for trial in ranked if trial is not best)]
+
+
+def fewest_gpus(trials: list[Trial]) -> list[Trial]:
+    """Return them best first: by GPUs, then by sustainable rate."""
+    return sorted(trials, key=lambda trial: (trial.config.gpus, -trial.sustainable_rps, order(trial.config)))
+
+
+def order(config: ServingConfig) -> tuple[int, ...]:
+    """Return what decides between equals: the smaller."""
+    return config.gpus, config.tp, config.max_num_seqs, config.max_num_batched_tokens
