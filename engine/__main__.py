@@ -73,12 +73,20 @@ def _compact(data: dict[str, Any]) -> str:
 
 @app.command()
 def replay(
-    trace: Annotated[Path, typer.Option(help="Trace to serve, JSON lines, .gz accepted.")],
+    trace: Annotated[
+        list[Path],
+        typer.Option(help="Trace to serve, JSON lines, .gz accepted. Several: one after the other."),
+    ],
     config: Annotated[Path, typer.Option(help="Serving configuration: JSON, as `plan` writes it.")],
-    out: Annotated[Path, typer.Option(help="Folder for the run record; must not hold anything.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="Folder for the run record, or, for several traces, for a folder each; must not hold anything."
+        ),
+    ],
     adapters: Annotated[
         Path | None,
-        typer.Option(help="adapters.jsonl; without it ranks come from the trace, weights are random."),
+        typer.Option(help="adapters.jsonl; without it ranks come from the trace and weights are random."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of prompts and of random weights.")] = 0,
     load_level: Annotated[
@@ -92,23 +100,50 @@ def replay(
     """Serve a trace in real time: random prompts, exactly the output lengths asked for, adapters cold on the GPU. Writes a run record."""
     if output_format not in ("table", "json"):
         raise UserError(f"--format {output_format!r} must be table or json")
-    from engine.recording import record_replay
+    from engine.recording import record_replays
     from traces.run_record import check_free
 
-    check_free(out)
-    asked = load(trace, raw_arrivals=raw_arrivals)
+    asked = [load(path, raw_arrivals=raw_arrivals) for path in trace]
+    folders = [out / item.name for item in asked] if len(asked) > 1 else [out]
+    if len(set(folders)) < len(folders):
+        raise UserError("--trace: two traces have the same name, so their records would have the same folder")
+    for folder in folders:
+        check_free(folder)
     serving = ServingConfig.load(config)
-    specs = _adapters(adapters, asked.adapters)
-    totals = record_replay(serving, specs, asked, out, seed=seed, load_level=load_level, progress=_tell)
+    specs = _adapters(adapters, [item.adapters for item in asked])
+    totals = record_replays(
+        serving,
+        specs,
+        list(zip(asked, folders, strict=True)),
+        seed=seed,
+        load_level=load_level,
+        progress=_tell,
+    )
+    for folder, values in zip(folders, totals, strict=True):
+        _show(folder, values, output_format)
+
+
+def _show(folder: Path, totals: dict[str, float], output_format: str) -> None:
     if output_format == "json":
-        print(json.dumps({key: None if math.isnan(value) else value for key, value in totals.items()}))
+        numbers = {key: None if math.isnan(value) else value for key, value in totals.items()}
+        print(json.dumps({"run": str(folder), **numbers}))
         return
+    print(folder)
     for key, value in totals.items():
-        print(f"{key:24} {value:.6g}")
+        print(f"  {key:24} {value:.6g}")
 
 
-def _adapters(path: Path | None, names: dict[str, int | None]) -> dict[str, AdapterSpec]:
-    return adapters_of_trace(names, None if path is None else load_adapters(path))
+def _adapters(path: Path | None, asked: list[dict[str, int | None]]) -> dict[str, AdapterSpec]:
+    """Return the adapters of all traces; a name has one rank in all of them."""
+    given = None if path is None else load_adapters(path)
+    specs: dict[str, AdapterSpec] = {}
+    for names in asked:
+        for name, spec in adapters_of_trace(names, given).items():
+            if specs.setdefault(name, spec) != spec:
+                raise UserError(
+                    f"adapter {name!r} has rank {specs[name].rank} in one trace and {spec.rank} in another"
+                )
+    return specs
 
 
 def main() -> None:

@@ -65,7 +65,7 @@ def batch_layout(tokens: int, limits: BatchLimits) -> BatchLayout:
     """Lay out the buffer for steps of `tokens` padded rows."""
     samples = min(tokens, limits.max_num_seqs)
     lora = tuple(
-        lora_launch_config(tokens, max(limits.max_rank, 1), group, in_features=limits.in_features[group])
+        lora_launch_config(tokens, group, in_features=limits.in_features[group])
         for group in range(NUM_GROUPS)
     )
     tile_tokens = lora[0].tile_tokens

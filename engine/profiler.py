@@ -75,6 +75,7 @@ def profile(
         "dtype": config.dtype,
         "page_tokens": config.page_tokens,
         "graph_max_tokens": config.graph_max_tokens,
+        "max_num_seqs": config.max_num_seqs,
         **provenance(),
         "operators": dict(operators),
         "steps": steps,
@@ -91,15 +92,23 @@ def _profile_steps(
     rows = []
     grid = list(step_grid(config, count=24 if quick else 320, seed=7))
     for number, wanted in enumerate(grid, start=1):
-        kv_tokens = sum(kv + 17 for kv, _ in wanted.decodes) + sum(s + n + 17 for s, n, _ in wanted.chunks)
-        longest = max([kv + 1 for kv, _ in wanted.decodes] + [s + n for s, n, _ in wanted.chunks])
-        if kv_tokens > bench.kv_capacity_tokens or longest > config.max_model_len:
+        if not _fits(bench, wanted):
             continue
         shape, us = bench.measure_us(wanted)
         rows.append({"shape": shape.to_json(), "gpu_us": round(us, 1)})
         if number % 50 == 0:
             progress(f"step {number} of {len(grid)}")
     return rows
+
+
+def _fits(bench: StepBench, wanted: MadeUpStep) -> bool:
+    """Return whether a step's KV fits the pool, and its longest sequence the page table."""
+    lens = [kv + 1 for kv, _ in wanted.decodes] + [start + length for start, length, _ in wanted.chunks]
+    page_tokens = bench.runner.blueprint.config.page_tokens
+    return (
+        sum(tokens + page_tokens for tokens in lens) <= bench.kv_capacity_tokens
+        and max(lens) <= bench.runner.blueprint.config.max_model_len
+    )
 
 
 def step_grid(config: ServingConfig, *, count: int, seed: int) -> Iterator[MadeUpStep]:
@@ -206,18 +215,23 @@ def _profile_lora(bench: StepBench, *, quick: bool) -> list[dict[str, Any]]:
                     continue
                 chunks = tuple((0, tokens // adapters, f"{group}-{number}") for number in range(adapters))
                 rows.append(_lora_row(bench, MadeUpStep(chunks=chunks), group, ranks[group], layers))
+    for wanted in step_grid(config, count=20 if quick else 240, seed=11):
+        if any(name is not None for *_, name in (*wanted.decodes, *wanted.chunks)) and _fits(bench, wanted):
+            rows.append(_lora_row(bench, wanted, "mixed", 0, layers))
     return rows
 
 
 def _lora_row(bench: StepBench, wanted: MadeUpStep, group: str, rank: int, layers: int) -> dict[str, Any]:
-    shape, us = bench.measure_lora_us(wanted)
+    shape, us, tile_tokens = bench.measure_lora_us(wanted)
     return {
         "tp": 1,
         "tokens": shape.tokens,
+        "tile_tokens": tile_tokens,
         "adapters": shape.lora_adapters,
         "rank": rank,
-        "targets": "qkvo" if group.startswith("qkvo") else "all",
+        "targets": "qkvo" if group.startswith("qkvo") else "mixed" if group == "mixed" else "all",
         "bytes": shape.lora_bytes // layers,
+        "single_bytes": shape.lora_single_bytes // layers,
         "token_bytes": shape.lora_token_bytes // layers,
         "us": round(us, 3),
     }

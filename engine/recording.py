@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,35 +21,40 @@ from traces.metrics import metrics
 from traces.run_record import RunRecord, write_run
 
 
-def record_replay(
+def record_replays(
     config: ServingConfig,
     adapters: Mapping[str, AdapterSpec],
-    trace: Trace,
-    out: Path,
+    replays: Sequence[tuple[Trace, Path]],
     *,
     seed: int,
     load_level: float | None,
     progress: Progress,
-) -> dict[str, float]:
-    """Serve a trace in real time, write the record to `out`, and return its metrics."""
+) -> list[dict[str, float]]:
+    """Serve traces in real time, one after the other on one runner and each from a cold GPU; write each record; return the metrics."""
     if config.gpus != 1:
         raise UserError(
             f"tp={config.tp}, replicas={config.replicas}: the engine replays one GPU; more are not built yet. "
             "Replay one replica with replicas=1 and its share of the trace"
         )
     runner = build_runner(config, adapters, seed=seed, progress=progress)
-    engine = Engine(runner.blueprint, runner)
-    progress(f"replaying {len(trace)} requests over {trace.duration_s:.0f} s")
-    served = replay(
-        engine, trace, seed=seed, progress=lambda now_s, left: progress(f"{now_s:6.1f} s  {left} unfinished")
-    )
-    return write_record(engine, served, adapters, trace, out, seed=seed, load_level=load_level)
+    totals = []
+    for trace, out in replays:
+        runner.builder.clear()
+        engine = Engine(runner.blueprint, runner)
+        progress(f"replaying {trace.name}: {len(trace)} requests over {trace.duration_s:.0f} s")
+        served = replay(
+            engine,
+            trace,
+            seed=seed,
+            progress=lambda now_s, left: progress(f"{now_s:6.1f} s  {left} unfinished"),
+        )
+        totals.append(write_record(engine, served, trace, out, seed=seed, load_level=load_level))
+    return totals
 
 
 def write_record(
     engine: Engine,
     served: list[Served],
-    adapters: Mapping[str, AdapterSpec],
     trace: Trace,
     out: Path,
     *,
@@ -58,6 +63,7 @@ def write_record(
 ) -> dict[str, float]:
     """Write what an engine did with a trace; return its metrics."""
     config, scheduler = engine.blueprint.config, engine.scheduler
+    adapters = {name: engine.blueprint.adapters[name] for name in trace.adapters}
     requests = requests_frame(served, {name: spec.rank for name, spec in adapters.items()})
     totals = metrics(requests, adapter_loads=scheduler.residency.loads)
     run: dict[str, Any] = {

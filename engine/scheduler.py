@@ -78,10 +78,13 @@ class _LoraSums:
     rows: dict[str, int] = field(default_factory=dict)
     tokens: int = 0
     distinct_bytes: int = 0
+    single_bytes: int = 0  # of adapters with one row
     token_bytes: int = 0
 
     def add(self, name: str, weight_bytes: int) -> None:
         count = self.rows.get(name, 0)
+        self._count_single(count, -weight_bytes)
+        self._count_single(count + 1, weight_bytes)
         self.rows[name] = count + 1
         self.tokens += 1
         self.token_bytes += weight_bytes
@@ -90,6 +93,8 @@ class _LoraSums:
 
     def remove(self, name: str, weight_bytes: int) -> None:
         count = self.rows[name] - 1
+        self._count_single(count + 1, -weight_bytes)
+        self._count_single(count, weight_bytes)
         self.tokens -= 1
         self.token_bytes -= weight_bytes
         if count:
@@ -98,13 +103,17 @@ class _LoraSums:
             del self.rows[name]
             self.distinct_bytes -= weight_bytes
 
+    def _count_single(self, rows: int, weight_bytes: int) -> None:
+        if rows == 1:
+            self.single_bytes += weight_bytes
+
 
 class Scheduler:
     """First come, first served, with chunked prefill mixed with decodes.
 
-    Every decoding sequence is in every step; prompts fill what `max_num_batched_tokens` leaves, in order of arrival. A request is admitted when
-    its adapter is resident and its prompt's pages can be had; only the adapter's own requests wait for a load. Out of pages: idle adapters are evicted, then
-    the youngest sequence is preempted and later computed again.
+    Every decoding sequence is in every step; prompts fill what `max_num_batched_tokens` leaves, in order of arrival. A request is admitted
+    when its adapter is resident and its prompt's pages can be had; only the adapter's own requests wait for a load. Out of pages: idle
+    adapters are evicted, then the youngest sequence is preempted and later computed again.
     """
 
     def __init__(
@@ -562,6 +571,7 @@ class Scheduler:
             lora_tokens=tokens,
             lora_adapters=adapters,
             lora_bytes=distinct,
+            lora_single_bytes=lora.single_bytes,
             lora_token_bytes=token_bytes,
         )
 

@@ -23,6 +23,7 @@ class StepShape:
     mask; prefill_kv_tokens: Σ of the KV tokens that chunks attend to.
     sample_rows: rows whose next token is sampled.
     lora_tokens: tokens with an adapter; lora_adapters: distinct adapters; lora_bytes: Σ weight bytes of the distinct adapters;
+    lora_single_bytes: of those among them that have one decode row (their tiles take a path of their own through the kernels);
     lora_token_bytes: Σ over tokens of their adapter's weight bytes (proportional to the LoRA operations).
     """
 
@@ -37,6 +38,7 @@ class StepShape:
     lora_tokens: int = 0
     lora_adapters: int = 0
     lora_bytes: int = 0
+    lora_single_bytes: int = 0
     lora_token_bytes: int = 0
 
     @property

@@ -5,6 +5,7 @@ Sequences are made up: pages at random, KV random, any adapters; no prompt has t
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -82,10 +83,10 @@ class StepBench:
 
         return step.shape, event_us(call, runner.device)
 
-    def measure_lora_us(self, wanted: MadeUpStep) -> tuple[StepShape, float]:
-        """Return a step's shape and the time of one layer's shrink and expand in it."""
+    def measure_lora_us(self, wanted: MadeUpStep) -> tuple[StepShape, float, int]:
+        """Return a step's shape, the time of one layer's shrink and expand in it, and the tokens of a tile."""
         step, batch = self.prepare(wanted)
-        return step.shape, lora_us(self.runner, batch)
+        return step.shape, lora_us(self.runner, batch), batch.layout.tile_tokens
 
     def _step(self, wanted: MadeUpStep) -> Step:
         self.runner.builder.clear()
@@ -121,6 +122,7 @@ class StepBench:
         names = [name for _, name in wanted.decodes if name is not None]
         names += [name for _, length, name in wanted.chunks if name is not None for _ in range(length)]
         weight = {name: self._residents[name].footprint.weight_bytes for name in set(names)}
+        rows = Counter(name for _, name in wanted.decodes if name is not None)
         kv = [tokens + 1 for tokens, _ in wanted.decodes]
         return StepShape(
             decode_rows=len(kv),
@@ -136,6 +138,7 @@ class StepBench:
             lora_tokens=len(names),
             lora_adapters=len(weight),
             lora_bytes=sum(weight.values()),
+            lora_single_bytes=sum(weight[name] for name, count in rows.items() if count == 1),
             lora_token_bytes=sum(weight[name] for name in names),
         )
 

@@ -64,7 +64,7 @@ def bench_lora(
         weights = Weights(rank)
         for tokens, adapters in cases:
             case = Case(rank=rank, tokens=tokens, adapters=adapters)
-            launches = [lora_launch_config(tokens, rank, group) for group in range(4)]
+            launches = [lora_launch_config(tokens, group) for group in range(4)]
             if sweep:
                 launches = [_sweep(case, weights, group, log) for group in range(4)]
                 swept += [
@@ -320,7 +320,7 @@ def expand_variants(launch: LoraLaunch) -> Iterator[LoraLaunch]:
 
 def _sweep(case: Case, weights: Weights, group: int, log: Callable) -> LoraLaunch:
     """Return the fastest launch of one group: the best shrink for each number of splits, the best expand behind it."""
-    default = lora_launch_config(case.tokens, case.rank, group)
+    default = lora_launch_config(case.tokens, group)
     began = time.monotonic()
     best_shrink: dict[int, tuple[float, LoraLaunch]] = {}
     for variant in shrink_variants(default, group):

@@ -83,7 +83,9 @@ def _decode_kernel(
         )
         keys = pool + layer_offset + kv_head * (PAGE_TOKENS * HEAD_DIM)
         top = tl.full((GROUP_PAD,), float("-inf"), tl.float32)
-        total = tl.zeros((GROUP_PAD, BLOCK_N), tl.float32)  # Summed over its columns once an item, not once a block.
+        total = tl.zeros(
+            (GROUP_PAD, BLOCK_N), tl.float32
+        )  # Summed over its columns once an item, not once a block.
         sums = tl.zeros((GROUP_PAD, HEAD_DIM), tl.float32)
         # Past the end the last token is read again, so loads need no mask and meet no unwritten memory. The page ids
         # of a block are loaded one iteration ahead, so that K and V wait for no other load.

@@ -16,7 +16,7 @@ from engine.errors import UserError
 from engine.model_shape import ModelShape
 from sim.curve import Curve
 from sim.envelope import Envelope
-from sim.fit import OperatorFits
+from sim.fit import LoraRegime, OperatorFits
 from sim.profile import Profile
 
 T = TypeVar("T")
@@ -44,7 +44,7 @@ class Layer:
     collectives_us: Callable[[int, int], float]
     attention_decode: Envelope
     attention_prefill: Envelope
-    lora: Envelope
+    lora: tuple[LoraRegime, ...]
     measured: bool
 
 
@@ -61,7 +61,8 @@ def layer_of(fits: OperatorFits, profile: Profile, model: ModelShape, tp: int) -
     kv_heads = _ratio(
         model.kv_heads_per_rank(tp) * model.head_dim, profile.model.num_kv_heads * profile.model.head_dim
     )
-    known = [tp in fits.additive[name] for name in ("attention_decode", "attention_prefill", "lora")]
+    known = [tp in fits.additive[name] for name in ("attention_decode", "attention_prefill")]
+    known.append(tp in fits.lora)
     known.append(all((tp, linear) in fits.matmul for linear in (*LAYER_LINEARS, "head")))
     known.append(tp in fits.elementwise)
     return Layer(
@@ -72,7 +73,7 @@ def layer_of(fits: OperatorFits, profile: Profile, model: ModelShape, tp: int) -
         attention_prefill=_attention(
             fits.additive["attention_prefill"], tp, same, (heads, 1.0, heads, kv_heads)
         ),
-        lora=_nearest(fits.additive["lora"], tp),
+        lora=_nearest(fits.lora, tp),
         measured=same and tp == 1 and all(known),
     )
 

@@ -65,8 +65,14 @@ class StepCosts:
             self._layer.attention_prefill.scaled(layers * factor["attention_prefill"] * 1e-6)
         )
         # A shape's bytes are of all layers, the measurements' of one.
-        per_layer = (1.0, 1.0, 1 / layers, 1 / layers)
-        self._lora = _Price(self._layer.lora.over_model(layers, per_layer).scaled(factor["lora"] * 1e-6))
+        per_layer = (1.0, 1.0, 1 / layers, 1 / layers, 1 / layers)
+        self._lora_regimes = tuple(
+            (
+                regime.most_tokens,
+                _Price(regime.envelope.over_model(layers, per_layer).scaled(factor["lora"] * 1e-6)),
+            )
+            for regime in self._layer.lora
+        )
         self._host = _Price(self._fits.host.scaled(1e-6))
         self._transfer = _Price(self._fits.transfer.scaled(1e-6))
         self._measured = frozenset(profile.steps)
@@ -88,9 +94,7 @@ class StepCosts:
                 (shape.prefill_tokens, shape.prefill_chunks, shape.prefill_pairs, shape.prefill_kv_tokens)
             )
         if shape.lora_adapters:
-            total_s += self._lora(
-                (shape.lora_adapters, shape.lora_tokens, shape.lora_bytes, shape.lora_token_bytes)
-            )
+            total_s += self._lora(shape)
         return total_s
 
     def decode_run_s(self, shape: StepShape, steps: int) -> Floats:
@@ -143,9 +147,7 @@ class StepCosts:
                 (shape.prefill_tokens, shape.prefill_chunks, shape.prefill_pairs, shape.prefill_kv_tokens)
             )
         if shape.lora_adapters:
-            parts["LoRA"] = self._lora(
-                (shape.lora_adapters, shape.lora_tokens, shape.lora_bytes, shape.lora_token_bytes)
-            )
+            parts["LoRA"] = self._lora(shape)
         return parts
 
     def provenance(self, shape: StepShape) -> Provenance:
@@ -171,6 +173,16 @@ class StepCosts:
             and shape.lora_adapters <= lora["adapters"]
             and shape.lora_bytes <= lora["bytes"] * layers
             and shape.lora_token_bytes <= lora["token_bytes"] * layers
+        )
+
+    def _lora(self, shape: StepShape) -> float:
+        tokens = shape.decode_rows + shape.prefill_tokens
+        for most_tokens, price in self._lora_regimes:
+            if tokens <= most_tokens:
+                break
+        single = shape.lora_single_bytes
+        return price(
+            (shape.lora_adapters, shape.lora_tokens, single, shape.lora_bytes - single, shape.lora_token_bytes)
         )
 
     # ---- what tokens alone decide ----
@@ -311,13 +323,23 @@ def _groups_us(profile: Profile, layer: Layer, shape: StepShape) -> tuple[float,
         [[shape.prefill_tokens, shape.prefill_chunks, shape.prefill_pairs, shape.prefill_kv_tokens]],
         dtype=float,
     )
+    single = shape.lora_single_bytes / layers
     lora = np.array(
-        [[shape.lora_adapters, shape.lora_tokens, shape.lora_bytes / layers, shape.lora_token_bytes / layers]]
+        [
+            [
+                shape.lora_adapters,
+                shape.lora_tokens,
+                single,
+                shape.lora_bytes / layers - single,
+                shape.lora_token_bytes / layers,
+            ]
+        ]
     )
+    regime = next(regime for regime in layer.lora if shape.tokens <= regime.most_tokens)
     return (
         layers * layer.dense_us(padded),
         layers * float(layer.attention_decode.many(decode)[0]) if shape.decode_rows else 0.0,
         layers * float(layer.attention_prefill.many(prefill)[0]) if shape.prefill_chunks else 0.0,
-        layers * float(layer.lora.many(lora)[0]) if shape.lora_adapters else 0.0,
+        layers * float(regime.envelope.many(lora)[0]) if shape.lora_adapters else 0.0,
         layer.head_us(min(padded, DEFAULT_MAX_NUM_SEQS)),
     )

@@ -20,8 +20,9 @@ Floats = NDArray[np.float64]
 ADDITIVE = {
     "attention_decode": ("rows", "kv_tokens", "kv_max"),
     "attention_prefill": ("tokens", "chunks", "pairs", "kv_tokens"),
-    "lora": ("adapters", "tokens", "bytes", "token_bytes"),
 }
+# Columns made of the table's: weights read by tiles of one token and by larger ones cost differently.
+LORA = ("adapters", "tokens", "single_bytes", "shared_bytes", "token_bytes")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -51,6 +52,16 @@ class FitReport:
     step_errors: Floats
 
 
+@dataclass(frozen=True, slots=True)
+class LoraRegime:
+    """LoRA in steps of at most `most_tokens` tokens: larger ones run the kernels with other tiles, at another
+    cost.
+    """
+
+    most_tokens: float
+    envelope: Envelope
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class OperatorFits:
     """Microseconds of one layer's operators by TP degree, and of what a step does once.
@@ -61,6 +72,7 @@ class OperatorFits:
     matmul: Mapping[tuple[int, str], Curve]
     elementwise: Mapping[int, Curve]
     additive: Mapping[str, Mapping[int, Envelope]]
+    lora: Mapping[int, tuple[LoraRegime, ...]]
     sample: Curve
     transfer: Envelope
     host: Envelope
@@ -93,6 +105,10 @@ def fit_operators(profile: Profile) -> OperatorFits:
         matmul=matmul,
         elementwise=elementwise,
         additive=additive,
+        lora={
+            tp: _lora_regimes(tp, operators["lora"].where(tp=tp), qualities)
+            for tp in _values(operators["lora"], "tp")
+        },
         sample=_curve("sample", operators["sample"], "rows", qualities),
         transfer=_additive("transfer", operators["transfer"], ("bytes",), qualities),
         host=_additive("host", profile.host, ("rows", "prefill_chunks"), qualities),
@@ -139,6 +155,20 @@ def _additive(name: str, table: Table, columns: tuple[str, ...], qualities: list
     choice = best_envelope(features, y)
     qualities.append(quality(name, choice.method, choice.model.many(features), choice.held_out, y))
     return choice.model
+
+
+def _lora_regimes(tp: int, table: Table, qualities: list[FitQuality]) -> tuple[LoraRegime, ...]:
+    """Fit each tile size on its own; the largest step measured with a tile size is where it ends."""
+    regimes = []
+    sizes = _values(table, "tile_tokens")
+    for size in sizes:
+        rows = table.where(tile_tokens=size)
+        most_tokens = float("inf") if size == sizes[-1] else float(rows.numbers["tokens"].max())
+        shared = rows.numbers["bytes"] - rows.numbers["single_bytes"]
+        rows = Table({**rows.numbers, "shared_bytes": shared}, rows.words)
+        envelope = _additive(f"lora tp{tp} tiles of {size}", rows, LORA, qualities)
+        regimes.append(LoraRegime(most_tokens, envelope))
+    return tuple(regimes)
 
 
 def _by_tp(

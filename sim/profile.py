@@ -31,7 +31,7 @@ NUMBERS: dict[str, tuple[str, ...]] = {
     "attention_decode": ("tp", "rows", "kv_tokens", "kv_max"),
     "attention_prefill": ("tp", "tokens", "chunks", "pairs", "kv_tokens"),
     "elementwise": ("tp", "tokens"),
-    "lora": ("tp", "tokens", "adapters", "bytes", "token_bytes"),
+    "lora": ("tp", "tokens", "tile_tokens", "adapters", "bytes", "single_bytes", "token_bytes"),
     "sample": ("rows",),
     "transfer": ("bytes",),
     "collective": ("ranks", "bytes"),

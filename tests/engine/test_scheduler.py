@@ -277,6 +277,10 @@ def test_shapes_tell_what_the_sequences_hold(arrivals, load_steps):
         weights = {name: FOOTPRINTS[name].weight_bytes for name in names}
         assert step.shape.lora_tokens == len(names)
         assert step.shape.lora_bytes == sum(weights.values())
+        decoding = [s.request.adapter for s in rows]
+        assert step.shape.lora_single_bytes == sum(
+            w for name, w in weights.items() if decoding.count(name) == 1
+        )
         assert step.shape.lora_token_bytes == sum(weights[name] for name in names)
         scheduler.complete(step)
     assert scheduler.num_unfinished == 0

@@ -150,11 +150,12 @@ def _lora_rows(tp: int) -> list[dict[str, Any]]:
         row: dict[str, Any] = {
             "tp": tp,
             "tokens": tokens,
+            "tile_tokens": 16 if tokens <= 128 else 64,
             "adapters": adapters,
             "rank": rank,
             "targets": "all",
         }
-        row |= {"bytes": adapters * each, "token_bytes": tokens * each}
+        row |= {"bytes": adapters * each, "single_bytes": 0, "token_bytes": tokens * each}
         rows.append(row | {"us": lora_us(adapters, tokens, row["bytes"], row["token_bytes"])})
     return rows
 
