@@ -22,10 +22,9 @@ def assumptions(
         "Attainment is the criterion: the share of all requests that meet every bound.",
         "Adapters are warm in host memory and cold on the GPU when the trace begins.",
         f"A prediction's interval is the cost model's held-out error (±{error:.1%} a step) through the queue; "
-        f"extrapolated steps: ±{error_of('extrapolated', error):.0%} (×{EXTRAPOLATED_FACTOR:g}, at least ±{EXTRAPOLATED_LEAST:.0%}).",
+        f"extrapolated steps: ±{error_of(error, 1.0):.0%} (×{EXTRAPOLATED_FACTOR:g}, at least ±{EXTRAPOLATED_LEAST:.0%}).",
         "Sustainable rates speed the trace up evenly: the same requests and bursts in less time.",
-        f"Settings are compared with one replica on the busiest {WINDOW_REQUESTS:,} requests; what is shown is judged "
-        "on the whole trace.",
+        f"Settings are compared with one replica on the busiest {WINDOW_REQUESTS:,} requests, shapes on the whole trace.",
         "Prices are examples in planner/prices.json; --prices gives your own.",
     ]
     if trace.adapters and given is None:

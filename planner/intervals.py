@@ -3,9 +3,9 @@
 The held-out error of the cost model is told by whole steps: ε is the 90th percentile of |predicted / measured − 1|
 over steps that the fit did not see, at least 2 %; without whole steps it is 15 %.
 
-* Where every step lies within what was measured, a step's price is taken to be off by ε.
-* Where any step is extrapolated (TP > 1: composed from operators and two-GPU collectives; a size beyond the
-  measured grid), by the larger of 3 ε and 15 %.
+* The price of a step within what was measured is taken to be off by ε; that of an extrapolated one (TP > 1: composed
+  from operators and two-GPU collectives; a size beyond the measured grid) by the larger of 3 ε and 15 %; of a
+  simulation, by the mean over its steps.
 * A metric amplifies it. Steps slower by ε are, in a queue, the same as traffic denser by ε: at a load ρ (rate over
   highest sustainable rate) latencies move by ε / (1 − ρ) (the derivative of a queue's wait), ρ taken as at
   most 0.9. The share of requests that miss the SLO, and that wait for an adapter, moves likewise. Throughput below
@@ -54,27 +54,26 @@ def step_error(report: FitReport) -> float:
     return max(LEAST_ERROR, float(np.quantile(errors, 0.9))) if len(errors) else UNKNOWN_ERROR
 
 
-def error_of(provenance: Provenance, error: float) -> float:
-    """Return how far a step's price may be off."""
-    return max(EXTRAPOLATED_FACTOR * error, EXTRAPOLATED_LEAST) if provenance == "extrapolated" else error
+def error_of(error: float, extrapolated_share: float) -> float:
+    """Return how far the prices of a simulation's steps may be off, so many of them extrapolated."""
+    extrapolated = max(EXTRAPOLATED_FACTOR * error, EXTRAPOLATED_LEAST)
+    return error + (extrapolated - error) * extrapolated_share
 
 
-def rate(value_rps: float, provenance: Provenance, error: float) -> Prediction:
-    """Return a sustainable rate with its interval: the inverse of a time."""
-    width = error_of(provenance, error)
+def rate(value_rps: float, provenance: Provenance, width: float) -> Prediction:
+    """Return a sustainable rate with its interval: the inverse of a time that may be off by `width`."""
     return Prediction(value_rps, value_rps / (1 + width), value_rps * (1 + width), provenance)
 
 
 def predictions(
-    metrics: Mapping[str, float], provenance: Provenance, error: float, load: float
+    metrics: Mapping[str, float], provenance: Provenance, width: float, load: float
 ) -> dict[str, Prediction]:
-    """Return every metric with its interval. load: the rate over the highest sustainable one."""
-    width = error_of(provenance, error)
+    """Return every metric with its interval. width: how far prices may be off. load: the rate over the highest
+    sustainable one.
+    """
     wide = width / (1 - min(MOST_LOAD, load))
-    return {
-        name: _prediction(name, value, provenance, width * min(1.0, load), wide)
-        for name, value in metrics.items()
-    }
+    narrow = width * min(1.0, load)
+    return {name: _prediction(name, value, provenance, narrow, wide) for name, value in metrics.items()}
 
 
 def _prediction(name: str, value: float, provenance: Provenance, narrow: float, wide: float) -> Prediction:

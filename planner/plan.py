@@ -20,8 +20,8 @@ Objective = Literal["goodput", "min-gpus"]
 class Choice:
     """A configuration and what is predicted of it.
 
-    predicted: metrics at the rate that is asked for, by key, and `sustainable_rps`. judged_on: what piece of the
-    trace `sustainable_rps` comes from. memory_per_gpu_bytes: adds up to the GPU's memory; adapters and KV at
+    predicted: metrics at the rate that is asked for, by key, and `sustainable_rps`. judged_on, predicted_on: what
+    piece of the trace `sustainable_rps` and the metrics come from. memory_per_gpu_bytes: adds up to the GPU's memory; adapters and KV at
     their peak at the highest sustainable rate. bottleneck: what bounds it there. misses: what most requests that
     miss the SLO at the rate asked for miss, where it is not met.
     """
@@ -30,6 +30,7 @@ class Choice:
     predicted: Mapping[str, Prediction]
     sustainable_rps: float
     judged_on: Piece
+    predicted_on: Piece
     memory_per_gpu_bytes: Mapping[str, int]
     bottleneck: str
     cost_usd_per_hour: float | None
@@ -43,6 +44,7 @@ class Choice:
             "predicted": {name: value.to_json() for name, value in self.predicted.items()},
             "sustainable_rps": self.sustainable_rps,
             "judged_on": self.judged_on,
+            "predicted_on": self.predicted_on,
             "memory_per_gpu_bytes": dict(self.memory_per_gpu_bytes),
             "bottleneck": self.bottleneck,
             "cost_usd_per_hour": self.cost_usd_per_hour,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import exp, log, sqrt
+from math import exp, log, log1p
 
 from planner.probe import Probe
 
 MOST_PROBES = 14
+USUAL_SLOPE = 25.0  # of the attainment's logit against the logarithm of the rate, near the bound
 LOWEST = 1e-3  # of the ceiling: what does not hold there is taken to hold nowhere
 
 
@@ -35,7 +36,7 @@ def highest_scale(
     """Search the highest scale of at most `ceiling` that meets the SLO, to within `tolerance` (relative).
 
     guess: where to begin; reach: how far off it may be (relative), which doubles until the answer is between two
-    probes. Then by attainment: its logit is close to a line in the logarithm of the rate.
+    probes. Steps follow the attainment, whose logit is close to a line in the logarithm of the rate.
     """
     passed: Probe | None = None
     failed: Probe | None = None
@@ -48,13 +49,11 @@ def highest_scale(
             failed = found
         if _done(passed, failed, ceiling, tolerance):
             return RateRange(passed, failed, count)
-        if passed is None:
-            scale /= 1 + reach
-        elif failed is None:
-            scale = min(ceiling, scale * (1 + reach))
+        if passed is not None and failed is not None:
+            scale = _between(passed, failed, tolerance)
         else:
-            scale = _between(passed, failed)
-        reach *= 2
+            scale = min(ceiling, _beyond(found, reach))
+            reach *= 2
     return RateRange(passed, failed, MOST_PROBES)
 
 
@@ -66,16 +65,34 @@ def _done(passed: Probe | None, failed: Probe | None, ceiling: float, tolerance:
     return failed.scale <= passed.scale * (1 + tolerance)
 
 
-def _between(passed: Probe, failed: Probe) -> float:
-    """Return a scale between two, where their attainments say that the bound is met."""
-    low, high = passed.scale, failed.scale
+def _beyond(found: Probe, reach: float) -> float:
+    """Return the next scale while all probes were on one side.
+
+    It is where a usual slope says that the bound is met and a little more, to have one on the other side.
+    """
+    if found.aborted:
+        return found.scale / (1 + reach)
+    gap = (_logit(found.attainment) - _logit(found.wanted)) / USUAL_SLOPE
+    step = max(log1p(reach) / 2, min(log1p(2 * reach), abs(gap) * 1.2))
+    return found.scale * exp(step if found.meets else -step)
+
+
+def _between(passed: Probe, failed: Probe, tolerance: float) -> float:
+    """Return a scale between two: where their attainments say that the bound is met, and past it.
+
+    Past it as seen from the nearer of the two, by less than the tolerance: then that one and the new one close in on
+    the answer.
+    """
+    low, high = log(passed.scale), log(failed.scale)
     if failed.aborted:
-        return sqrt(low * high)
+        return exp((low + high) / 2)
     above, wanted, below = (_logit(share) for share in (passed.attainment, passed.wanted, failed.attainment))
     part = (above - wanted) / (above - below) if above > below else 0.5
-    return low * exp(log(high / low) * min(0.8, max(0.2, part)))
+    past = log1p(tolerance) * (0.45 if part < 0.5 else -0.45)
+    margin = 0.15 * (high - low)
+    return exp(min(high - margin, max(low + margin, low + part * (high - low) + past)))
 
 
 def _logit(share: float) -> float:
-    inside = min(0.9999, max(0.0001, share))
+    inside = min(0.999, max(0.001, share))
     return log(inside / (1 - inside))

@@ -10,7 +10,7 @@ from engine.adapter import AdapterSpec, adapters_of_trace
 from engine.blueprint import blueprint
 from engine.errors import UserError
 from planner import assumptions as said
-from planner.intervals import Prediction, predictions, rate, step_error
+from planner.intervals import Prediction, error_of, predictions, rate, step_error
 from planner.jobs import Runner
 from planner.plan import Choice, Objective, Plan
 from planner.probe import Prober, Simulate
@@ -87,7 +87,7 @@ def _plan(question: Question, prober: Prober, findings: Findings) -> Plan:
     best = next(iter(able), None)
     nearest = ranked[0] if best is None and ranked else None
     by_config = {trial.config: trial for trial in (*able, *ranked) if trial.at_rate is not None}
-    for main in (best, nearest):
+    for main in (best, nearest, fewest):
         if main is not None:
             by_config.pop(main.config, None)
     others = list(by_config.values())[: question.show]
@@ -133,14 +133,18 @@ class _Maker:
         """Return what is predicted of a trial's configuration."""
         if trial is None:
             return None
-        probe = trial.at_rate or self._prober(trial.config, "window", 1.0, watch=True)
+        if trial.at_rate is None:  # time was up
+            trial = trial.with_probe(self._prober(trial.config, "window", 1.0, watch=True), "window")
+        probe = trial.at_rate
+        assert probe is not None
         price = self._question.prices.get(trial.config.gpu.lower())
         return Choice(
             config=trial.config,
-            predicted=self._predicted(trial.with_probe(probe)),
+            predicted=self._predicted(trial),
             sustainable_rps=trial.sustainable_rps,
             judged_on=trial.piece,
-            memory_per_gpu_bytes=self._memory(trial.with_probe(probe)),
+            predicted_on=trial.rate_piece or "window",
+            memory_per_gpu_bytes=self._memory(trial),
             bottleneck=trial.bottleneck,
             cost_usd_per_hour=None if price is None else price * trial.config.gpus,
             meets_slo=probe.meets,
@@ -152,8 +156,9 @@ class _Maker:
         assert probe is not None
         provenance = probe.provenance or "extrapolated"
         load = self._rate_rps / trial.sustainable_rps if trial.sustainable_rps > 0 else 1.0
-        values = predictions(probe.metrics, provenance, self.error, load)
-        return values | {"sustainable_rps": rate(trial.sustainable_rps, provenance, self.error)}
+        error = error_of(self.error, 1.0 if probe.extrapolated_share is None else probe.extrapolated_share)
+        values = predictions(probe.metrics, provenance, error, load)
+        return values | {"sustainable_rps": rate(trial.sustainable_rps, provenance, error)}
 
     def _memory(self, trial: Trial) -> dict[str, int]:
         memory = blueprint(trial.config, self._prober.adapters).memory

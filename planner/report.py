@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import sys
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite
+from shutil import get_terminal_size
 
 from rich.console import Console
-from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 from planner.intervals import Prediction
 from planner.plan import Choice, Plan
+from planner.workload import WINDOW_REQUESTS
 from traces.metrics import Slo
 
 WIDTH = (100, 120)  # of the text: a terminal's own within this
@@ -31,19 +33,16 @@ class Commands:
 def print_plan(plan: Plan, commands: Commands | None) -> None:
     """Print a plan on standard output, without colour codes unless that is a terminal."""
     terminal = sys.stdout.isatty()
-    console = Console(file=sys.stdout, highlight=False, soft_wrap=False, no_color=not terminal)
-    console = Console(
-        file=sys.stdout,
-        highlight=False,
-        no_color=not terminal,
-        width=min(WIDTH[1], max(WIDTH[0], console.width if terminal else WIDTH[1])),
-    )
+    width = min(WIDTH[1], max(WIDTH[0], get_terminal_size().columns)) if terminal else WIDTH[1]
+    console = Console(file=sys.stdout, highlight=False, no_color=not terminal, width=width)
     console.print(f"{plan.requests:,} requests at {plan.rate_rps:.2f} req/s, at most {plan.gpus} GPUs")
     console.print(f"SLO: {slo_text(plan.slo)}")
     console.print()
     console.print(_table(plan))
     for choice, name in _named(plan):
-        console.print(Padding(Text(_sentence(choice, name)), (0, 0, 0, 0)))
+        console.print(Text(textwrap.fill(_sentence(choice, name), width, subsequent_indent="  ")))
+    if any(choice.predicted_on != "trace" for choice in plan.alternatives):
+        console.print(f"* latencies of the busiest {WINDOW_REQUESTS:,} requests")
     _notes(console, "Warnings", plan.warnings)
     _notes(console, "Assumptions", plan.assumptions)
     if commands is not None:
@@ -79,7 +78,8 @@ def _table(plan: Plan) -> Table:
     ):
         table.add_column(name, justify="left" if name in (SHAPE, "bottleneck") else "right", no_wrap=True)
     rows = [(name, choice) for choice, name in _named(plan)]
-    rows += [(str(number), choice) for number, choice in enumerate(plan.alternatives, start=1)]
+    for number, choice in enumerate(plan.alternatives, start=1):
+        rows.append((f"{number}" if choice.predicted_on == "trace" else f"{number} *", choice))
     for name, choice in rows:
         style = "bold" if choice is plan.recommended else ""
         table.add_row(name, *_cells(choice, p), style=style)
@@ -136,7 +136,8 @@ def _notes(console: Console, title: str, notes: Sequence[str]) -> None:
         console.print()
         console.print(f"{title}:")
         for note in notes:
-            console.print(Padding(Text(f"- {note}"), (0, 0, 0, 2)))
+            lines = textwrap.fill(note, console.width, initial_indent="  - ", subsequent_indent="    ")
+            console.print(Text(lines))
 
 
 def _ms(seconds: float) -> str:

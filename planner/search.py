@@ -7,7 +7,8 @@
    begun from replicas × the rate of one.
 5. *Fewest GPUs*: shapes in the order of their GPUs, from those that could just do it, on the whole trace at the
    rate that is asked for, until one meets the SLO.
-6. What is to be shown is simulated once more at the rate that is asked for.
+6. What is to be shown is simulated once more at the rate that is asked for; what is far behind the best, only on
+   the busiest 1,500 requests.
 
 Jobs of one stage are independent, and each stage follows from the answers of the last: so the outcome does not
 depend on how many run at once.
@@ -124,7 +125,7 @@ class Search:
             for shape in first
             if shape not in shapes and _estimate_rps(shape) > LIKELY * self.findings.rate_rps
         ]
-        shown = dict.fromkeys(_config(shape) for shape in (*first, *shapes))
+        shown = dict.fromkeys(_config(shape) for shape in (*first, *shapes[:1]))
         self._run("the whole trace", [*work, *(ProbeJob(config=config) for config in shown)])
 
     def fewest_gpus(self) -> None:
@@ -146,8 +147,10 @@ class Search:
                 return
 
     def at_rate(self, show: int) -> None:
-        """Simulate the best at the rate that is asked for."""
-        self._probes("at the trace's rate", [trial.config for trial in self.findings.ranked[: show + 1]])
+        """Simulate what is to be shown at the rate that is asked for: the best on the whole trace."""
+        ranked = self.findings.ranked[: show + 1]
+        work = [self._show_job(trial) for trial in ranked if trial.at_rate is None]
+        self._run("at the trace's rate", work)
 
     # ---- jobs ----
 
@@ -177,6 +180,10 @@ class Search:
         else:
             guess_rps = (TRACE_GUESS[0] + TRACE_GUESS[1] * log2(replicas)) * _estimate_rps(shape)
         return self._rate_job((_config(shape),), "trace", guess_rps, tolerance, 0.05)
+
+    def _show_job(self, trial: Trial) -> ProbeJob:
+        near = trial.sustainable_rps > FAR_BEHIND * self.findings.ranked[0].sustainable_rps
+        return ProbeJob(config=trial.config, piece="trace" if near else "window")
 
     def _rate_job(
         self,
@@ -231,11 +238,13 @@ class Search:
         return [trial for answer in answers if isinstance(answer, list) for trial in answer]
 
     def _probes(self, stage: str, configs: list[ServingConfig]) -> list[Probe | None]:
-        """Return the simulations at the rate that is asked for, running those that are not there yet."""
-        trials = self.findings.trials
-        new = [config for config in configs if config not in trials or trials[config].at_rate is None]
-        self._run(stage, [ProbeJob(config=config) for config in new])
-        return [trials[config].at_rate if config in trials else None for config in configs]
+        """Return the simulations of the trace at the rate that is asked for, running those not there yet."""
+        self._run(stage, [ProbeJob(config=config) for config in configs if self._at_rate(config) is None])
+        return [self._at_rate(config) for config in configs]
+
+    def _at_rate(self, config: ServingConfig) -> Probe | None:
+        trial = self.findings.trials.get(config)
+        return trial.at_rate if trial is not None and trial.rate_piece == "trace" else None
 
     def _run(self, stage: str, work: Sequence[Job]) -> list[Answer | None]:
         """Run jobs and keep in the findings what they found."""
@@ -251,19 +260,18 @@ class Search:
         answers = self._jobs.run(work, note)
         for job, answer in zip(work, answers, strict=True):
             if isinstance(answer, Probe) and isinstance(job, ProbeJob):
-                self._keep_probe(job.config, answer)
+                self._keep_probe(job, answer)
             elif isinstance(answer, list):
                 for trial in answer:
-                    before = self.findings.trials.get(trial.config)
-                    probe = None if before is None else before.at_rate
-                    self.findings.trials[trial.config] = trial if probe is None else trial.with_probe(probe)
+                    known = self.findings.trials.get(trial.config)
+                    self.findings.trials[trial.config] = trial if known is None else known.with_rate(trial)
         return answers
 
-    def _keep_probe(self, config: ServingConfig, probe: Probe) -> None:
-        known = self.findings.trials.get(config)
+    def _keep_probe(self, job: ProbeJob, probe: Probe) -> None:
+        known = self.findings.trials.get(job.config)
         if known is None:
-            known = Trial(config=config, piece="screen", sustainable_rps=0.0)
-        self.findings.trials[config] = known.with_probe(probe)
+            known = Trial(config=job.config, piece="screen", sustainable_rps=0.0)
+        self.findings.trials[job.config] = known.with_probe(probe, job.piece)
 
 
 def _by_tp(trials: list[Trial]) -> dict[int, list[Trial]]:

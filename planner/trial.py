@@ -18,8 +18,8 @@ class Trial:
     """A configuration and the best that is known of it.
 
     sustainable_rps: the highest rate seen to meet the SLO on `piece`; 0 where none did. at_best: the simulation at
-    that rate. above: one at which the SLO was missed. at_rate: the simulation of the whole trace at the
-    rate that is asked for. capped: the rate stopped at what arithmetic allows, not at the SLO.
+    that rate. above: one at which the SLO was missed. at_rate: the simulation at the rate that is asked for, of
+    `rate_piece`. capped: the rate stopped at what arithmetic allows, not at the SLO.
     """
 
     config: ServingConfig
@@ -28,6 +28,7 @@ class Trial:
     at_best: Probe | None = None
     above: Probe | None = None
     at_rate: Probe | None = None
+    rate_piece: Piece | None = None
     capped: bool = False
 
     @classmethod
@@ -42,13 +43,17 @@ class Trial:
             capped=found.passed is not None and found.failed is None,
         )
 
-    def with_probe(self, probe: Probe) -> Trial:
-        """Return it with the simulation at the rate that is asked for."""
-        return replace(self, at_rate=probe)
+    def with_probe(self, probe: Probe, piece: Piece) -> Trial:
+        """Return it with the simulation of a piece at the rate that is asked for."""
+        return replace(self, at_rate=probe, rate_piece=piece)
+
+    def with_rate(self, found: Trial) -> Trial:
+        """Return it with another's sustainable rate."""
+        return replace(found, at_rate=self.at_rate, rate_piece=self.rate_piece)
 
     def meets(self, rate_rps: float) -> bool:
         """Whether it meets the SLO at the rate that is asked for, as far as is known."""
-        if self.at_rate is not None:
+        if self.at_rate is not None and self.rate_piece == "trace":
             return self.at_rate.meets
         return self.sustainable_rps >= rate_rps
 
