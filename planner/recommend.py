@@ -31,7 +31,8 @@ class Question:
     """What is asked.
 
     trace: at the rate to plan for. adapters: what the trace's adapters are; None: dense LoRA of its ranks. prices:
-    US dollars per GPU-hour. show: alternatives beside the recommendation.
+    US dollars per GPU-hour. show: alternatives beside the recommendation. Raises UserError for what cannot be
+    planned: requests at one instant, adapters that are not given or that the engine cannot run.
     """
 
     trace: Trace
@@ -43,6 +44,17 @@ class Question:
     prices: Mapping[str, float]
     show: int = 5
     seed: int = 42
+
+    def __post_init__(self) -> None:
+        Workload.of(self.trace)
+        for spec in self.specs.values():
+            if spec.kind != "lora":
+                raise UserError(f"adapter {spec.name!r}: kind {spec.kind!r} is not supported yet")
+
+    @property
+    def specs(self) -> dict[str, AdapterSpec]:
+        """What the trace's adapters are."""
+        return adapters_of_trace(self.trace.adapters, self.adapters)
 
 
 def recommend(
@@ -56,16 +68,12 @@ def recommend(
     """Search the question's space and answer.
 
     workers: processes (None: all cores); the answer does not depend on it. timeout_s: after so long, the best so
-    far. Raises UserError for what cannot be planned, such as adapters that the engine cannot run.
+    far. Raises RuntimeError where there is none yet.
     """
-    adapters = adapters_of_trace(question.trace.adapters, question.adapters)
-    for spec in adapters.values():
-        if spec.kind != "lora":
-            raise UserError(f"adapter {spec.name!r}: kind {spec.kind!r} is not supported yet")
     prober = Prober(
         workload=Workload.of(question.trace),
         slo=question.slo,
-        adapters=adapters,
+        adapters=question.specs,
         price=partial(costs_for, question.profile),
         simulate=simulate,
         seed=question.seed,
