@@ -85,6 +85,10 @@ def warnings(
         said.append(
             f"The trace has {len(trace):,} requests for {most} replicas: it was repeated to find sustainable rates."
         )
+    if any(trial.meets(trace.rate_rps) and trial.sustainable_rps < trace.rate_rps for trial in shown):
+        said.append(
+            "The trace is over before its queue has grown: the SLO is met on it, at a rate that cannot be sustained."
+        )
     if not priced:
         said.append(f"No price of gpu {config.gpu!r} is known: --prices gives one.")
     return said

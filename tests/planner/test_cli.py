@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,13 +22,13 @@ ROOT = Path(__file__).parent.parent.parent
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("plan")
+    folder: Path = tmp_path_factory.mktemp("plan")
     (folder / "profile.json").write_text(json.dumps(profile_json()))
     save(even_trace(4.0, count=120, prompt=300, output=30), folder / "trace.jsonl")
     (folder / "empty.jsonl").write_text("")
     (folder / "array.jsonl").write_text("[1]\n")
-    row = {"id": 0, "arrival_s": 0.0, "prompt_tokens": 5, "output_tokens": 5}
-    bad = {
+    row: dict[str, Any] = {"id": 0, "arrival_s": 0.0, "prompt_tokens": 5, "output_tokens": 5}
+    bad: dict[str, dict[str, Any]] = {
         "negative": {"prompt_tokens": -5},
         "fraction": {"prompt_tokens": 0.5},
         "nan": {"arrival_s": float("nan")},
@@ -54,7 +55,7 @@ def arguments(files: Path, *more: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def planned(files) -> tuple[Path, dict]:
+def planned(files) -> tuple[Path, dict[str, Any]]:
     """A plan's output folder and its JSON."""
     out = files / "out"
     command = [
@@ -159,9 +160,7 @@ def test_the_defaults_are_said_where_no_slo_is_given(files, capsys) -> None:
     assert err.splitlines()[-1].startswith("error: time was up")
 
 
-@pytest.mark.parametrize(
-    "flags", [["--rate-scale", "300"], ["--tpot-ms", "6.5", "--rate-scale", "4"], ["--tpot-ms", "0.1"]]
-)
+@pytest.mark.parametrize("flags", [["--rate-scale", "300"], ["--e2e-ms", "60"], ["--tpot-ms", "0.1"]])
 def test_what_nothing_can_meet_is_1_with_the_nearest_miss(files, capsys, flags) -> None:
     assert main(arguments(files, "--gpus", "1", "--format", "json", *flags)) == 1
     out, err = capsys.readouterr()
@@ -171,8 +170,16 @@ def test_what_nothing_can_meet_is_1_with_the_nearest_miss(files, capsys, flags) 
         assert plan["nearest_miss"] is None
         assert "TPOT may be 0.1 ms" in err
     else:
-        assert plan["nearest_miss"]["misses"] in ("TTFT", "TPOT", "not served")
+        assert plan["nearest_miss"]["misses"] in ("TTFT", "E2E")
         assert "no feasible configuration within 1 GPUs" in err and "what binds" in err
+
+
+def test_a_burst_that_is_over_in_time_is_warned_of(files, capsys) -> None:
+    """120 requests in a second meet the SLO, and that rate cannot be sustained."""
+    assert main(arguments(files, "--gpus", "1", "--format", "json", "--rate-scale", "25")) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["recommended"]["sustainable_rps"] < plan["trace"]["rate_rps"]
+    assert any("is over before its queue has grown" in warning for warning in plan["warnings"])
 
 
 @pytest.mark.parametrize(
