@@ -1,12 +1,12 @@
 """Adapters in host memory, and their way to the GPU.
 
-Each adapter is packed once into pages of the GPU's layout (pinned when there is a GPU). A load writes the row table for the pages it was given and copies
-each byte once, on a stream of its own, runs of neighbouring pages in one copy; an event tells when it is there.
+Each adapter is packed once into pages of the GPU's layout (pinned when there is a GPU). A load writes the row table for the pages it was
+given and copies each byte once, on a stream of its own, runs of neighbouring pages in one copy; an event tells when it is there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -103,8 +103,8 @@ class AdapterLoader:
     def num_loading(self) -> int:
         return len(self._flights)
 
-    def start(self, load: Load, steps_done: Mapping[int, torch.cuda.Event]) -> None:
-        """Start a load. `steps_done`: events of the steps in flight, by index."""
+    def start(self, load: Load) -> None:
+        """Start a load."""
         adapter = self._store[load.adapter]
         table = adapter.layout.table(load.pages)
         adapter.image[0].view(torch.int32)[: len(table)] = torch.from_numpy(table)
@@ -113,8 +113,6 @@ class AdapterLoader:
             self._copy(adapter.image, load.pages)
             self._flights.append(_Flight(load.adapter, None))
             return
-        if load.after_step in steps_done:
-            self._stream.wait_event(steps_done[load.after_step])
         with torch.cuda.stream(self._stream):
             self._copy(adapter.image, load.pages)
             done = torch.cuda.Event()

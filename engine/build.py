@@ -40,7 +40,8 @@ def build_runner(
 ) -> Runner:
     """Build a runner. Weights come from `config.model` where that is a folder with safetensors, else they are random.
 
-    register: pack all adapters into host memory; the profiler does without. shape: of a model that `config.model` only names. Raises UserError when something does not fit.
+    register: pack all adapters into host memory; the profiler does without. shape: of a model that `config.model` only names.
+    Raises UserError when something does not fit.
     """
     plan = blueprint(config, adapters, shape)
     device = device_for(config)

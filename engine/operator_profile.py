@@ -56,11 +56,12 @@ TRANSFER_BYTES = (65536, 2**20, 2**21, 8 * 2**20, 32 * 2**20, 84 * 2**20, 256 * 
 def profile_operators(runner: Runner, *, quick: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (operator, row) one by one; rows are those of the profile's `operators`."""
     thin = 4 if quick else 1
-    degrees = (1,) if quick else TP_DEGREES
     model = runner.blueprint.model
-    degrees = tuple(
-        tp for tp in degrees if model.num_kv_heads % tp == 0 and model.intermediate_size % tp == 0
-    )
+    degrees = [
+        tp
+        for tp in ((1,) if quick else TP_DEGREES)
+        if model.num_kv_heads % tp == 0 and model.intermediate_size % tp == 0
+    ]
     scratch = _scratch(runner)
     for tp in degrees:
         for row in _matmul_rows(model, tp, scratch, MATMUL_TOKENS[::thin]):
@@ -118,47 +119,51 @@ def _matmul_rows(
 
 
 def _elementwise_rows(runner: Runner, tp: int, token_counts: tuple[int, ...]) -> Iterator[dict[str, Any]]:
+    for tokens in token_counts:
+        yield {"tp": tp, "tokens": tokens, "us": _elementwise_us(runner, tp, tokens)}
+
+
+def _elementwise_us(runner: Runner, tp: int, tokens: int) -> float:
     """Time the norms, the rotary embedding with its KV write, and SiLU of a layer; KV heads and width cut by tp."""
     model, ops, config = runner.blueprint.model, runner.model.ops, runner.blueprint.config
     heads, kv_heads = model.heads_per_rank(tp), model.kv_heads_per_rank(tp)
     width = model.linear_shapes(tp)["up_proj"][0]
     pool = _pool_view(runner, tp)
-    for tokens in token_counts:
-        rows = min(tokens, 256)
-        slots = (torch.arange(tokens, device=runner.device) % rows).int()
-        positions = (torch.arange(tokens, device=runner.device) // rows).int()
-        per_row = -(-tokens // rows)
-        table = _page_table(runner, np.full(rows, per_row), pool.shape[0])
-        hidden, residual = (
-            torch.randn(tokens, model.hidden_size, dtype=runner.dtype, device=runner.device) for _ in range(2)
-        )
-        qkv = torch.randn(
-            tokens, (heads + 2 * kv_heads) * model.head_dim, dtype=runner.dtype, device=runner.device
-        )
-        gate_up = torch.randn(tokens, 2 * width, dtype=runner.dtype, device=runner.device)
-        norm = runner.model.weights.norm
+    rows = min(tokens, 256)
+    slots = (torch.arange(tokens, device=runner.device) % rows).int()
+    positions = (torch.arange(tokens, device=runner.device) // rows).int()
+    per_row = -(-tokens // rows)
+    table = _page_table(runner, np.full(rows, per_row), pool.shape[0])
+    hidden, residual = (
+        torch.randn(tokens, model.hidden_size, dtype=runner.dtype, device=runner.device) for _ in range(2)
+    )
+    qkv = torch.randn(
+        tokens, (heads + 2 * kv_heads) * model.head_dim, dtype=runner.dtype, device=runner.device
+    )
+    gate_up = torch.randn(tokens, 2 * width, dtype=runner.dtype, device=runner.device)
+    norm = runner.model.weights.norm
 
-        def call() -> None:
-            for layer in range(model.num_layers):
-                ops.add_rms_norm_(hidden, residual, norm, model.rms_norm_eps)
-                ops.rotary_write_kv_(
-                    qkv,
-                    runner.model.cos_sin,
-                    positions,
-                    slots,
-                    table,
-                    pool,
-                    layer=layer,
-                    num_layers=model.num_layers,
-                    num_heads=heads,
-                    num_kv_heads=kv_heads,
-                    head_dim=model.head_dim,
-                    page_tokens=config.page_tokens,
-                )
-                ops.add_rms_norm_(hidden, residual, norm, model.rms_norm_eps)
-                ops.silu_mul(gate_up)
+    def call() -> None:
+        for layer in range(model.num_layers):
+            ops.add_rms_norm_(hidden, residual, norm, model.rms_norm_eps)
+            ops.rotary_write_kv_(
+                qkv,
+                runner.model.cos_sin,
+                positions,
+                slots,
+                table,
+                pool,
+                layer=layer,
+                num_layers=model.num_layers,
+                num_heads=heads,
+                num_kv_heads=kv_heads,
+                head_dim=model.head_dim,
+                page_tokens=config.page_tokens,
+            )
+            ops.add_rms_norm_(hidden, residual, norm, model.rms_norm_eps)
+            ops.silu_mul(gate_up)
 
-        yield {"tp": tp, "tokens": tokens, "us": captured_us(call, runner.device) / model.num_layers}
+    return captured_us(call, runner.device) / model.num_layers
 
 
 def _decode_rows(runner: Runner, tp: int, thin: int) -> Iterator[dict[str, Any]]:

@@ -33,7 +33,7 @@ MOST_KV_TOKENS = 8000  # of a made-up decode row
 
 def profile_adapters() -> dict[str, AdapterSpec]:
     """Return the adapters that the grid draws from: 200 of rank 16 on all linears, and fewer of other ranks and targets."""
-    groups = {
+    groups: dict[str, tuple[int, int, tuple[str, ...] | None]] = {
         "r16": (16, 200, None),
         "r8": (8, 32, None),
         "r32": (32, 24, None),
@@ -117,7 +117,7 @@ def step_grid(config: ServingConfig, *, count: int, seed: int) -> Iterator[MadeU
     rng = np.random.default_rng(seed)
     for number in range(count):
         kinds = _adapter_group(rng)
-        rows = int(round(math.exp(rng.uniform(0, math.log(config.max_num_seqs)))))
+        rows = round(math.exp(rng.uniform(0, math.log(config.max_num_seqs))))
         if number % 2 == 0:
             yield MadeUpStep(decodes=_random_decodes(rng, rows, kinds))
             continue
@@ -147,12 +147,10 @@ def _adapter_group(rng: np.random.Generator) -> list[str | None]:
     kind = rng.random()
     if kind < 0.15:
         return [None]
-    if kind < 0.55:
-        picked = ["r16"]
-    else:
-        picked = rng.choice(list(groups), size=int(rng.integers(1, 5)), replace=False).tolist()
+    several = rng.choice(list(groups), size=int(rng.integers(1, 5)), replace=False).tolist()
+    picked = ["r16"] if kind < 0.55 else several
     names: list[str | None] = [f"{group}-{number}" for group in picked for number in range(groups[group])]
-    size = int(round(math.exp(rng.uniform(0, math.log(len(names))))))
+    size = round(math.exp(rng.uniform(0, math.log(len(names)))))
     chosen = [names[index] for index in rng.choice(len(names), size=size, replace=False)]
     return [*chosen, None] if rng.random() < 0.2 else chosen
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -120,7 +121,6 @@ class Runner:
         ]
         self._turn = 0
         self._graphs: dict[GraphKey, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
-        self._steps_done: dict[int, torch.cuda.Event] = {}
 
     def _bridge_elems(self, most_tokens: int) -> int:
         if not self._limits.max_rank:
@@ -160,7 +160,6 @@ class Runner:
         if ended is not None:
             host.tokens[: len(tokens)].copy_(tokens, non_blocking=True)
             ended.record()
-            self._steps_done[step.index] = ended
         else:
             host.tokens[: len(tokens)] = tokens
         return InFlight(step, sampled, host, launched_s, started, ended)
@@ -171,14 +170,13 @@ class Runner:
         if flight.ended is not None and flight.started is not None:
             flight.ended.synchronize()
             duration_s = flight.started.elapsed_time(flight.ended) * 1e-3
-            del self._steps_done[flight.step.index]
         else:
             duration_s = time.perf_counter() - flight.launched_s
         return flight.host.tokens[: len(flight.sampled.sequences)].numpy().copy(), duration_s
 
     def start_load(self, load: Load) -> None:
         """Start copying an adapter to the GPU."""
-        self.loader.start(load, self._steps_done)
+        self.loader.start(load)
 
     def _new_event(self) -> torch.cuda.Event | None:
         return torch.cuda.Event(enable_timing=True) if self.device.type == "cuda" else None
@@ -233,7 +231,7 @@ class Runner:
                     self._capture_one(key, pool)
                     yield key
 
-    def _capture_one(self, key: GraphKey, pool: tuple[int, int]) -> None:
+    def _capture_one(self, key: GraphKey, pool: Any) -> None:
         layout = self.layout(key.tokens)
         self.clear_metadata(layout)
         self._forward(key, layout)

@@ -150,7 +150,7 @@ class Scheduler:
         self._steady = False  # the last plan would repeat, but for what `_changed` says
         self._changed = True  # something happened since the last plan that could admit a request
         self._blocked = False  # the last admission ended for another reason than the token budget
-        self._preempted_in_step: int | None = None
+        self._preempted = False  # by the plan being made
         self._watermark_pages = max(1, int(num_pages * WATERMARK_SHARE))
 
     # ---- requests in ----
@@ -212,14 +212,15 @@ class Scheduler:
     def schedule(self, now_s: float) -> Step | None:
         """Plan the next step; None when nothing can run now (all wait for a load, a completion or an arrival).
 
-        A plan that had to preempt admits nobody: what the victims' pages and last tokens are is sure only when the step in flight has completed.
+        A plan that had to preempt admits nobody and loads nothing: the step in flight may still use the victims' pages and make their
+        last tokens, and the next plan is made when it has completed.
         """
-        self._preempted_in_step = None
+        self._preempted = False
         step = Step(index=self._next_step, shape=StepShape())
         decode_rows = self._plan_decodes(step)
         budget = self.limits.max_num_batched_tokens - decode_rows
         budget = self._continue_prefills(step, budget)
-        if self._preempted_in_step is None:
+        if not self._preempted:
             self._admit(step, budget, now_s)
             self._changed = False
         if not decode_rows and not step.prefills:
@@ -468,9 +469,7 @@ class Scheduler:
                 return False
         adapter = self.residency.start_load(name, now_s)
         weight_bytes = adapter.footprint.weight_bytes
-        self._loads.append(
-            Load(name, adapter.slot, tuple(adapter.pages), weight_bytes, self._preempted_in_step)
-        )
+        self._loads.append(Load(name, adapter.slot, tuple(adapter.pages), weight_bytes))
         return True
 
     # ---- ends ----
@@ -512,7 +511,7 @@ class Scheduler:
         sequence.preemptions += 1
         self.preemptions += 1
         self._waiting.appendleft(sequence)
-        self._preempted_in_step = self._next_step - 1
+        self._preempted = True
         self._changed = True
 
     def _let_go(self, sequence: Sequence) -> None:

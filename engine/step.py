@@ -65,16 +65,12 @@ class PrefillChunk:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """An adapter load to start: copy its pages from host memory.
-
-    after_step: pages of it were freed by preempting rows of that step; the copy must wait until that step is complete (None: no wait).
-    """
+    """An adapter load to start: copy its pages from host memory. No step in flight uses these pages any more."""
 
     adapter: str
     slot: int
     pages: tuple[int, ...]
     weight_bytes: int
-    after_step: int | None = None
 
 
 @dataclass(slots=True, kw_only=True)

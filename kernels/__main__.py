@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     try:
         ranks = tuple(int(rank) for rank in options.ranks.split(","))
-        cases = CASES
+        cases: tuple[tuple[int, int], ...] = CASES
         if options.cases:
             cases = tuple((int(t), int(a)) for t, a in (case.split(":") for case in options.cases.split(",")))
     except ValueError:

@@ -42,7 +42,7 @@ def plan_decode_attention(
         raise ValueError("kv_lens must be a vector of numbers >= 0")
     items_out, combine_out = (None, None) if out is None else out
     pieces, chunk = _split(lens, page_tokens, max_partials, target_items)
-    if pieces is None:  # The common step: many rows of like length, none to split.
+    if pieces is None or chunk is None:  # The common step: many rows of like length, none to split.
         order = np.argsort(-lens, kind="stable")[: np.count_nonzero(lens)]
         items = _fill(items_out, "items", order.size, (order, 0, lens[order], -1))
         return items, _fill(combine_out, "combine", 0, ())
@@ -54,12 +54,11 @@ def plan_decode_attention(
     is_split = (pieces > 1)[row]
     partial = np.where(is_split, np.cumsum(is_split) - 1, -1)
     order = np.argsort(kv_start - kv_end, kind="stable")
-    columns = (row[order], kv_start[order], kv_end[order], partial[order])
-    items = _fill(items_out, "items", row.size, columns)
+    items = _fill(items_out, "items", row.size, (row[order], kv_start[order], kv_end[order], partial[order]))
     split_row = np.flatnonzero(pieces > 1)
     count = pieces[split_row]
-    columns = (split_row, np.cumsum(count) - count, count, 0)
-    return items, _fill(combine_out, "combine", split_row.size, columns)
+    split = (split_row, np.cumsum(count) - count, count, 0)
+    return items, _fill(combine_out, "combine", split_row.size, split)
 
 
 def plan_prefill_attention(

@@ -10,6 +10,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -359,7 +360,8 @@ def _best_grid(op: str, batch: Batch, launch: LoraLaunch) -> tuple[float, LoraLa
     field = "shrink_programs" if op == "lora_shrink" else "expand_programs"
     timed = []
     for a_multiple in (2, 4, 6, 8):
-        variant = replace(launch, **{field: NUM_SMS * a_multiple})
+        grid: Any = {field: NUM_SMS * a_multiple}
+        variant = replace(launch, **grid)
         timed.append((batch.time_us(op, 5, variant), variant))
     return min(timed, key=lambda entry: entry[0])
 

@@ -177,12 +177,16 @@ class StepCosts:
 
     def _lora(self, shape: StepShape) -> float:
         tokens = shape.decode_rows + shape.prefill_tokens
-        for most_tokens, price in self._lora_regimes:
-            if tokens <= most_tokens:
-                break
+        price = next(price for most_tokens, price in self._lora_regimes if tokens <= most_tokens)
         single = shape.lora_single_bytes
         return price(
-            (shape.lora_adapters, shape.lora_tokens, single, shape.lora_bytes - single, shape.lora_token_bytes)
+            (
+                shape.lora_adapters,
+                shape.lora_tokens,
+                single,
+                shape.lora_bytes - single,
+                shape.lora_token_bytes,
+            )
         )
 
     # ---- what tokens alone decide ----

@@ -10,7 +10,7 @@ from engine.step import Load
 
 
 class LoadQueue:
-    """Loads one after the other; a load may have to wait for a step to complete before its copy starts.
+    """Loads one after the other.
 
     Under tensor parallelism every rank loads its shard over its own link at the same time, so one queue
     stands for all.
@@ -18,22 +18,17 @@ class LoadQueue:
 
     def __init__(self, load_s: Callable[[int], float]) -> None:
         self._load_s = load_s
-        self._waiting: deque[Load] = deque()
         self._ends: deque[tuple[float, str]] = deque()
         self._free_at_s = 0.0
-        self._last_completed = -1
         self.busy_s = 0.0
 
     def add(self, loads: Iterable[Load], now_s: float) -> None:
         """Queue loads that the scheduler decided just now."""
-        self._waiting.extend(loads)
-        self._start(now_s)
-
-    def completed(self, step: int, now_s: float) -> None:
-        """Note that step number `step` is complete: copies into pages that its rows used may start."""
-        self._last_completed = step
-        if self._waiting:
-            self._start(now_s)
+        for load in loads:
+            duration_s = self._load_s(load.weight_bytes)
+            self._free_at_s = max(self._free_at_s, now_s) + duration_s
+            self.busy_s += duration_s
+            self._ends.append((self._free_at_s, load.adapter))
 
     def ended(self, now_s: float) -> list[str]:
         """Hand over the adapters whose loads have ended by now, in order."""
@@ -46,14 +41,3 @@ class LoadQueue:
     def next_end_s(self) -> float:
         """The instant when the next load ends; infinity where none is under way."""
         return self._ends[0][0] if self._ends else inf
-
-    def _start(self, now_s: float) -> None:
-        while self._waiting:
-            load = self._waiting[0]
-            if load.after_step is not None and load.after_step > self._last_completed:
-                return
-            self._waiting.popleft()
-            duration_s = self._load_s(load.weight_bytes)
-            self._free_at_s = max(self._free_at_s, now_s) + duration_s
-            self.busy_s += duration_s
-            self._ends.append((self._free_at_s, load.adapter))

@@ -134,13 +134,12 @@ class Replica:
         gpu_s = self._costs.step_s(step.shape)
         duration_s = max(gpu_s, self._costs.host_s(step.shape))
         self.observer.ran(step.shape, now_s, duration_s, gpu_s)
-        self._clock.call_at(now_s + duration_s, TURN, lambda at_s: self._end(step, step.index, at_s))
+        self._clock.call_at(now_s + duration_s, TURN, lambda at_s: self._end(step, at_s))
         self._planned = self._plan(now_s)
 
-    def _end(self, step: Step, last_index: int, now_s: float) -> None:
+    def _end(self, step: Step, now_s: float) -> None:
         """Complete a step, or the segment that it began; start the next one."""
         self._running = None
-        self.loads.completed(last_index, now_s)
         self.observer.completed(step, now_s)
         self.scheduler.complete(step)
         for sequence in step.finishing:
@@ -195,7 +194,5 @@ class Replica:
         self._starts = None
         self.scheduler.extend(last)
         self.observer.ran_segment(step.shape, starts[: last + 2], float(self._gpu_s[: last + 1].sum()))
-        self._clock.call_at(
-            float(starts[last + 1]), TURN, lambda at_s: self._end(step, step.index + last, at_s)
-        )
+        self._clock.call_at(float(starts[last + 1]), TURN, lambda at_s: self._end(step, at_s))
         self._planned = self._plan(now_s)

@@ -176,7 +176,7 @@ def test_what_nothing_can_meet_is_1_with_the_nearest_miss(files, capsys, flags) 
 
 def test_a_burst_that_is_over_in_time_is_warned_of(files, capsys) -> None:
     """120 requests in a second meet the SLO, and that rate cannot be sustained."""
-    assert main(arguments(files, "--gpus", "1", "--format", "json", "--rate-scale", "25")) == 0
+    assert main(arguments(files, "--gpus", "1", "--format", "json", "--rate-scale", "40")) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["recommended"]["sustainable_rps"] < plan["trace"]["rate_rps"]
     assert any("is over before its queue has grown" in warning for warning in plan["warnings"])

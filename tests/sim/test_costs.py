@@ -45,7 +45,12 @@ def test_transfers_and_host_turns_are_recovered():
 def test_the_report_tells_errors_in_sample_and_held_out():
     assert COSTS.report.steps is not None
     assert COSTS.report.steps.held_out_worst_error < 0.01
-    assert {fit.name for fit in COSTS.report.operators} >= {"matmul qkv tp1", "lora tp1 tiles of 16", "transfer", "host"}
+    assert {fit.name for fit in COSTS.report.operators} >= {
+        "matmul qkv tp1",
+        "lora tp1 tiles of 16",
+        "transfer",
+        "host",
+    }
     assert all(fit.worst_error < 0.02 for fit in COSTS.report.operators)
     assert len(COSTS.report.step_errors) == len(PROFILE.steps)
 
