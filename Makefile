@@ -9,7 +9,7 @@ BENCH_OUT ?= .out/kernels.json
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: plan test check test-gpu bench-kernels profile dashboard clean
+.PHONY: plan test check test-gpu bench-kernels profile clean
 
 plan: .venv/.plan-ready ## recommend a configuration for the sample trace on 8 GPUs
 	$(BIN)/plan --trace traces/samples/sample.jsonl.gz --gpus 8
@@ -34,9 +34,6 @@ bench-kernels: ## every kernel against its reference and its bound
 profile: ## measure the engine's steps and operators
 	@mkdir -p $(dir $(PROFILE_OUT))
 	$(GPU_PYTHON) -m engine profile --model $(MODEL) --out $(PROFILE_OUT)
-
-dashboard: .venv/.plan-ready ## the planner's pages in a browser
-	$(BIN)/streamlit run app.py
 
 clean: ## remove what building and testing left (not .venv)
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .out plan-output

@@ -14,6 +14,7 @@ from engine.adapter import AdapterSpec, adapters_of_trace, load_adapters
 from engine.config import ServingConfig
 from engine.errors import UserError
 from traces import TraceError, load
+from traces.command_line import run_app
 
 app = typer.Typer(
     add_completion=False,
@@ -146,14 +147,10 @@ def _adapters(path: Path | None, asked: list[dict[str, int | None]]) -> dict[str
     return specs
 
 
-def main() -> None:
-    """Run a command; what the user got wrong is one line on stderr and exit code 2."""
-    try:
-        app()
-    except (UserError, TraceError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line and return its exit code: 0, 2 for bad input or usage, 130 if interrupted."""
+    return run_app(app, program="python -m engine", arguments=arguments, user_errors=(UserError, TraceError))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -76,6 +76,10 @@ def plan_memory(config: ServingConfig, model: ModelShape) -> MemoryPlan:
     room = allowed - weights - activations - RUNTIME_BYTES
     num_pages = config.num_pages if config.num_pages is not None else max(0, room) // geometry.page_bytes
     least = -(-config.max_model_len // config.page_tokens)
+    if config.num_pages is not None and config.num_pages < least:
+        raise UserError(
+            f"num_pages={config.num_pages} must be at least {least}: one request of max_model_len={config.max_model_len} tokens"
+        )
     if num_pages < least or num_pages * geometry.page_bytes > room:
         short = max(least, num_pages) * geometry.page_bytes - room
         raise UserError(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from engine.adapter import AdapterSpec
+from engine.blueprint import blueprint
 from engine.build import Progress, build_runner
 from engine.config import ServingConfig
 from engine.engine import Engine
@@ -31,6 +32,7 @@ def record_replays(
     progress: Progress,
 ) -> list[dict[str, float]]:
     """Serve traces in real time, one after the other on one runner and each from a cold GPU; write each record; return the metrics."""
+    blueprint(config, adapters)  # what is wrong with the configuration itself is said first
     if config.gpus != 1:
         raise UserError(
             f"tp={config.tp}, replicas={config.replicas}: the engine replays one GPU; more are not built yet. "

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from typer.exceptions import TyperException
 
 from engine.adapter import load_adapters
 from engine.budget import gpu_spec
@@ -28,6 +26,7 @@ from planner.space import MAX_NUM_BATCHED_TOKENS, MAX_NUM_SEQS, TP_DEGREES, Spac
 from planner.workload import max_model_len
 from sim.profile import Profile, find_profile, load_profile
 from traces import Trace, TraceError, load
+from traces.command_line import run_app
 from traces.metrics import Slo
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
@@ -156,25 +155,13 @@ def plan(
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code."""
-    try:
-        code = app(arguments, prog_name=PROGRAM, standalone_mode=False)
-    except (UserError, TraceError) as error:
-        return _fail(str(error), 2)
-    except TyperException as error:
-        return _fail(error.format_message(), 2)
-    except RuntimeError as error:
-        return _fail(str(error), 1)
-    except (KeyboardInterrupt, typer.Abort):
-        return 130
-    except BrokenPipeError:  # the reader of our output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    return code if isinstance(code, int) else 0
-
-
-def _fail(message: str, code: int) -> int:
-    typer.echo(f"error: {' '.join(message.split())}", err=True)
-    return code
+    return run_app(
+        app,
+        program=PROGRAM,
+        arguments=arguments,
+        user_errors=(UserError, TraceError),
+        failures=(RuntimeError,),
+    )
 
 
 def _no_plan(answer: Plan) -> str:

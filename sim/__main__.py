@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from typer.exceptions import TyperException
 
 from engine.adapter import load_adapters
 from engine.config import ServingConfig
@@ -23,6 +21,7 @@ from sim.result import plain
 from sim.simulate import simulate
 from sim.tables import bench_lines, fit_lines, result_lines, validation_lines
 from traces import TraceError, load
+from traces.command_line import run_app
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -94,18 +93,7 @@ def fit(profile: ProfileFile = None, form: Format = "table") -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code: 0, 2 for bad input or usage, 130 if interrupted."""
-    try:
-        code = app(arguments, prog_name=PROGRAM, standalone_mode=False)
-    except (UserError, TraceError) as error:
-        return _fail(str(error))
-    except TyperException as error:
-        return _fail(error.format_message())
-    except (KeyboardInterrupt, typer.Abort):
-        return 130
-    except BrokenPipeError:  # the reader of our output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    return code if isinstance(code, int) else 0
+    return run_app(app, program=PROGRAM, arguments=arguments, user_errors=(UserError, TraceError))
 
 
 def _costs(profile: Path | None) -> Callable[[ServingConfig], StepCosts]:
@@ -120,11 +108,6 @@ def _costs(profile: Path | None) -> Callable[[ServingConfig], StepCosts]:
 
 def _print(form: str, value: dict[str, Any], lines: Callable[[], Iterable[str]]) -> None:
     typer.echo(json.dumps(value, indent=2, allow_nan=False) if form == "json" else "\n".join(lines()))
-
-
-def _fail(message: str) -> int:
-    typer.echo(f"error: {' '.join(message.split())}", err=True)
-    return 2
 
 
 if __name__ == "__main__":

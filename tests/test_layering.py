@@ -95,7 +95,9 @@ def faults(path: Path, source: str) -> list[str]:
         top = name.split(".")[0]
         ours = top in FLOORS
         stdlib = top in sys.stdlib_module_names or top == "__future__"
-        outside = OUTSIDE.get(folder, {top}) | (COMMAND_LINE if parts[-1] in ("__main__", "cli") else set())
+        outside = OUTSIDE.get(folder, {top}) | (
+            COMMAND_LINE if parts[-1] in ("__main__", "cli", "command_line") else set()
+        )
         wrong = (
             (ours and top not in FLOORS[folder])
             or (not ours and not stdlib and top not in outside)

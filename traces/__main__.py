@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from typer.exceptions import TyperException
 
 from traces.assign import RANK_MIXES, Assignment, RankOrder, Rule, assign
+from traces.command_line import run_app
 from traces.describe import describe, table
 from traces.errors import TraceError
 from traces.importers import TimeUnit, import_azure, import_burstgpt, import_mooncake
@@ -199,23 +198,7 @@ def describe_command(
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code: 0, 2 for bad input or usage, 130 if interrupted."""
-    try:
-        code = app(arguments, prog_name=PROGRAM, standalone_mode=False)
-    except TraceError as error:
-        return _fail(str(error))
-    except TyperException as error:
-        return _fail(error.format_message())
-    except (KeyboardInterrupt, typer.Abort):
-        return 130
-    except BrokenPipeError:  # the reader of our output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    return code if isinstance(code, int) else 0
-
-
-def _fail(message: str) -> int:
-    typer.echo(f"error: {' '.join(message.split())}", err=True)
-    return 2
+    return run_app(app, program=PROGRAM, arguments=arguments, user_errors=(TraceError,))
 
 
 def _warn(message: str) -> None:

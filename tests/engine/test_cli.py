@@ -1,0 +1,157 @@
+"""`python -m engine` as a user meets it: a replay on a CPU from files, and one clear line for everything that is wrong."""
+
+import json
+
+import pytest
+
+from engine.__main__ import main
+from tests.engine.tiny import save_adapter, save_model, tiny_model
+from traces.run_record import read_run
+
+CONFIG = {
+    "backend": "reference",
+    "dtype": "float32",
+    "max_num_seqs": 4,
+    "max_num_batched_tokens": 64,
+    "max_model_len": 256,
+    "page_tokens": 64,
+    "num_pages": 200,
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with a model, two PEFT adapters, adapters.jsonl, a trace and a configuration."""
+    folder = tmp_path_factory.mktemp("world")
+    model = tiny_model()
+    save_model(model, folder / "model")
+    save_adapter(model, folder / "small", rank=8, targets=("q_proj", "v_proj"))
+    save_adapter(model, folder / "large", rank=16)
+    (folder / "adapters.jsonl").write_text(
+        "".join(json.dumps({"name": name, "path": name}) + "\n" for name in ("small", "large"))
+    )
+    names = ["small", "large", None, "large"]
+    rows = [
+        {"id": i, "arrival_s": i * 0.05, "prompt_tokens": 20 + i, "output_tokens": 3 + i, "adapter": name}
+        for i, name in enumerate(names)
+    ]
+    (folder / "trace.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "config.json").write_text(json.dumps(CONFIG | {"model": str(folder / "model")}))
+    return folder
+
+
+def command(world, out, **changes):
+    flags = {
+        "--trace": world / "trace.jsonl",
+        "--config": world / "config.json",
+        "--adapters": world / "adapters.jsonl",
+        "--out": out,
+    }
+    flags |= {f"--{key}": value for key, value in changes.items()}
+    return ["replay", *(str(part) for pair in flags.items() for part in pair)]
+
+
+def test_a_replay_writes_a_record_and_prints_metrics(world, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main([*command(world, out), "--format", "json"]) == 0
+    totals = json.loads(capsys.readouterr().out)
+    assert (totals["requests"], totals["adapter_loads"], totals["preemptions"]) == (4, 2, 0)
+    record = read_run(out)
+    assert record.run["config"]["backend"] == "reference"
+    assert [spec["name"] for spec in record.run["adapters"]] == ["small", "large"]
+    assert record.requests["rank"].tolist()[:2] == [8, 16]
+    assert (record.requests.first_token_s >= record.requests.arrival_s).all()
+    assert (record.requests.finish_s > record.requests.first_token_s).all()
+    decoded = record.steps.decode_rows.sum() + record.steps.prefill_chunks.sum()
+    assert decoded >= record.requests.output_tokens.sum()
+
+
+def fails(capsys, arguments, message):
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    lines = captured.err.strip().splitlines()
+    assert lines[-1].startswith("error: ")
+    assert message in lines[-1]
+    assert captured.out == ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_num_seqs": 0}, "max_num_seqs=0 must be in 1..4096"),
+        ({"max_num_seqs": 2.5}, "max_num_seqs=2.5 must be a whole number"),
+        ({"speed": 9}, "unknown key 'speed'"),
+        ({"backend": "cuda"}, "backend='cuda' must be one of triton, reference"),
+        ({"tp": 3}, "tp (=3) must divide num_heads (=4)"),
+        ({"tp": 2}, "tp=2, replicas=1: the engine replays one GPU"),
+        ({"replicas": 8}, "the engine replays one GPU"),
+        ({"gpu": "tpu"}, "gpu 'tpu' is not known"),
+        ({"model": "llama-9"}, "llama-9"),
+        ({"page_tokens": 1, "num_pages": 400}, "page_tokens must be at least"),
+        ({"num_pages": 3}, "num_pages=3 must be at least 4"),
+        ({"max_model_len": 4096}, "max_model_len=4096 exceeds"),
+        ({"merge": "hot"}, "merge='hot' is not supported yet"),
+        ({"host_memory_bytes": 1000}, "host_memory_bytes=1000"),
+    ],
+)
+def test_a_bad_configuration_is_one_line(world, tmp_path, capsys, changes, message):
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(CONFIG | {"model": str(world / "model")} | changes))
+    fails(capsys, command(world, tmp_path / "run", config=config), message)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("flag", "text", "message"),
+    [
+        ("config", "{", "not JSON"),
+        ("config", "[]", "must be a JSON object"),
+        ("trace", "", "trace"),
+        ("trace", "[1]\n", ":1"),
+        ("adapters", '{"name": "small"}\n', "'large'"),
+        ("adapters", '{"name": "small", "rank": 0}\n', ":1"),
+        ("adapters", '{"name": "small", "path": "nowhere"}\n', ":1"),
+    ],
+)
+def test_a_bad_file_is_one_line_that_names_it(world, tmp_path, capsys, flag, text, message):
+    path = tmp_path / f"bad-{flag}"
+    path.write_text(text)
+    fails(capsys, command(world, tmp_path / "run", **{flag: path}), message)
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_files_unknown_flags_and_a_full_folder_are_one_line(world, tmp_path, capsys):
+    fails(capsys, command(world, tmp_path / "run", trace=tmp_path / "none"), "none")
+    fails(capsys, command(world, tmp_path / "run", config=tmp_path / "none"), "none")
+    fails(capsys, [*command(world, tmp_path / "run"), "--speed", "9"], "--speed")
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "kept").write_text("x")
+    fails(capsys, command(world, full), "not empty")
+    assert [item.name for item in full.iterdir()] == ["kept"]
+
+
+def test_a_truncated_adapter_is_one_line_that_names_the_file(world, tmp_path, capsys):
+    for name in ("small", "large"):
+        folder = tmp_path / name
+        folder.mkdir()
+        for file in (world / name).iterdir():
+            (folder / file.name).write_bytes(file.read_bytes())
+    weights = tmp_path / "large" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    (tmp_path / "adapters.jsonl").write_text((world / "adapters.jsonl").read_text())
+    fails(
+        capsys,
+        command(world, tmp_path / "run", adapters=tmp_path / "adapters.jsonl"),
+        "adapter_model.safetensors",
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_triton_backend_without_a_gpu_says_what_to_do(world, tmp_path, capsys):
+    torch = pytest.importorskip("torch")
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(CONFIG | {"model": str(world / "model"), "backend": "triton"}))
+    fails(capsys, command(world, tmp_path / "run", config=config), "use backend 'reference' on a CPU")
