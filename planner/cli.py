@@ -213,16 +213,23 @@ def _commands(
 ) -> Commands | None:
     if answer.recommended is None:
         return None
-    config = str((folder or Path("plan-output")) / "recommended.json")
-    given = ["--trace", str(trace), "--config", config]
-    if adapters is not None:
-        given += ["--adapters", str(adapters)]
-    simulate = ["python", "-m", "sim", "run", *given]
+    where = folder or Path("plan-output")
+
+    def flags(name: str) -> list[str]:
+        given = ["--trace", str(trace), "--config", str(where / f"{name}.json")]
+        return given if adapters is None else [*given, "--adapters", str(adapters)]
+
+    simulate = ["python", "-m", "sim", "run", *flags("recommended")]
     if profile is not None:
         simulate += ["--profile", str(profile)]
     hint = "" if folder is not None else "   # after --output-dir plan-output"
-    replay = ["python", "-m", "engine", "replay", *given, "--out", "RUN"]
-    return Commands(shlex.join(simulate) + hint, shlex.join(replay))
+    choices = {"recommended": answer.recommended, "fewest_gpus": answer.fewest_gpus}
+    runs = [name for name, choice in choices.items() if choice is not None and choice.config.gpus == 1]
+    replay = ["python", "-m", "engine", "replay", *flags(runs[0]), "--out", "RUN"] if runs else None
+    return Commands(
+        shlex.join(simulate) + hint,
+        "no replay yet: the engine runs one GPU so far" if replay is None else shlex.join(replay),
+    )
 
 
 def _seconds(flag: str, milliseconds: float | None, default_s: float) -> float:
