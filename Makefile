@@ -25,7 +25,7 @@ check: .venv/.dev-ready ## lint, format, types, and that imports only fall
 
 # These three run where torch, Triton and a GPU are already: they install nothing.
 test-gpu: ## the tests that need a GPU
-	$(GPU_PYTHON) -m pytest -q -m gpu
+	$(GPU_PYTHON) -m pytest -q -m gpu tests/kernels tests/engine
 
 bench-kernels: ## every kernel against its reference and its bound
 	@mkdir -p $(dir $(BENCH_OUT))

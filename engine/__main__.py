@@ -1,4 +1,4 @@
-"""Commands of the engine: `python -m engine profile | replay`."""
+"""Commands of the engine: `python -m engine profile | replay | bench`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from engine.config import ServingConfig
 from engine.errors import UserError
 from traces import TraceError, load
 from traces.command_line import run_app
+from traces.files import check_writable
 
 app = typer.Typer(
     add_completion=False,
@@ -44,6 +45,7 @@ def profile(
     target = out / f"{Path(model).stem if Path(model).exists() else model}.{config.gpu}.json"
     if target.exists():
         raise UserError(f"{target}: is there already")
+    check_writable(target)
     data = measure(config, quick=quick, progress=_tell)
     out.mkdir(parents=True, exist_ok=True)
     temporary = target.with_suffix(".tmp")
@@ -89,7 +91,9 @@ def replay(
         Path | None,
         typer.Option(help="adapters.jsonl; without it ranks come from the trace and weights are random."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of prompts and of random weights.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**31 - 1, help="Seed of prompts and of random weights.")
+    ] = 0,
     load_level: Annotated[
         float | None, typer.Option(help="Offered load relative to capacity, to keep in the record.")
     ] = None,
@@ -101,6 +105,8 @@ def replay(
     """Serve a trace in real time: random prompts, exactly the output lengths asked for, adapters cold on the GPU. Writes a run record."""
     if output_format not in ("table", "json"):
         raise UserError(f"--format {output_format!r} must be table or json")
+    if load_level is not None and not (math.isfinite(load_level) and load_level > 0):
+        raise UserError(f"--load-level={load_level} must be a finite number above 0")
     from engine.recording import record_replays
     from traces.run_record import check_free
 
@@ -132,6 +138,59 @@ def _show(folder: Path, totals: dict[str, float], output_format: str) -> None:
     print(folder)
     for key, value in totals.items():
         print(f"  {key:24} {value:.6g}")
+
+
+@app.command()
+def bench(
+    config: Annotated[Path, typer.Option(help="Serving configuration: JSON, as `plan` writes it.")],
+    out: Annotated[Path, typer.Option(help="JSON file to write; must not be there.")],
+    adapters: Annotated[
+        Path | None,
+        typer.Option(help="adapters.jsonl; without it 128 random ones of rank 16 on all linears."),
+    ] = None,
+    batches: Annotated[str, typer.Option(help="Batches of the steady decode.")] = "1,16,32,64,128",
+    base_requests: Annotated[int, typer.Option(min=1, help="Requests of the burst without adapters.")] = 1000,
+    lora_requests: Annotated[int, typer.Option(min=1, help="Requests of the burst with adapters.")] = 600,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**31 - 1, help="Seed of prompts, lengths and random weights.")
+    ] = 0,
+) -> None:
+    """Time steady decode by batch, and a burst, without and with adapters. Prints and writes one row a measurement."""
+    from engine.bench import BenchPlan
+    from engine.bench import bench as measure
+    from engine.provenance import provenance
+
+    if out.exists():
+        raise UserError(f"{out}: is there already")
+    check_writable(out)
+    serving = ServingConfig.load(config)
+    if serving.gpus != 1:
+        raise UserError(
+            f"tp={serving.tp}, replicas={serving.replicas}: the engine runs one GPU; more are not built yet"
+        )
+    try:
+        sizes = tuple(int(part) for part in batches.split(","))
+    except ValueError:
+        raise UserError(f"--batches {batches!r} must be whole numbers, such as 1,32,64") from None
+    specs = (
+        {f"r16-{number}": AdapterSpec(name=f"r16-{number}") for number in range(128)}
+        if adapters is None
+        else load_adapters(adapters)
+    )
+    plan = BenchPlan(batches=sizes, base_requests=base_requests, lora_requests=lora_requests)
+    rows = []
+    for row in measure(serving, specs, plan, seed=seed, progress=_tell):
+        rows.append(row)
+        rps = "" if row["rps"] is None else f"  {row['rps']:7.2f} req/s"
+        print(
+            f"{row['case']:6}  batch {row['batch']:4}  adapters {row['adapters']:4}  TPOT {row['tpot_ms']:7.3f} ms{rps}",
+            flush=True,
+        )
+    temporary = out.with_name(f".{out.name}.tmp")
+    temporary.write_text(
+        json.dumps({"rows": rows, "config": serving.to_json(), **provenance()}, indent=1), encoding="utf-8"
+    )
+    temporary.replace(out)
 
 
 def _adapters(path: Path | None, asked: list[dict[str, int | None]]) -> dict[str, AdapterSpec]:

@@ -1,12 +1,12 @@
 """What an adapter is before its weights are read: a name, a method, its ranks, the linears it changes."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from engine.errors import UserError
+from engine.json_files import parse_json
 from engine.model_shape import MODULES
 from engine.peft_config import read_peft_config
 
@@ -43,8 +43,10 @@ class AdapterSpec:
         _check_integer("nblocks", self.nblocks, 1, MAX_RANK)
         if self.kind != "bd_lora" and self.nblocks != 1:
             raise UserError(f"nblocks (={self.nblocks}) must be 1 unless kind is bd_lora.")
-        if not self.target_modules:
-            raise UserError("target_modules must name at least one linear.")
+        if not isinstance(self.target_modules, tuple) or not self.target_modules:
+            raise UserError("target_modules must be a tuple that names at least one linear.")
+        if not all(isinstance(pair, tuple) and len(pair) == 2 for pair in self.rank_overrides):
+            raise UserError("rank_overrides must be pairs of a linear and a rank.")
         for module in (*self.target_modules, *(module for module, _ in self.rank_overrides)):
             if module not in MODULES:
                 raise UserError(f"target_modules has {module!r}; it must be one of {', '.join(MODULES)}.")
@@ -123,10 +125,7 @@ _KEYS = ("name", "kind", "rank", "nblocks", "target_modules", "path")
 
 
 def _parse(line: str, folder: Path) -> AdapterSpec:
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"not JSON: {error}.") from None
+    record = parse_json(line)
     if not isinstance(record, dict):
         raise UserError("must be a JSON object.")
     for key in record:

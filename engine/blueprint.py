@@ -81,7 +81,11 @@ def _footprint(
     config: ServingConfig, model: ModelShape, geometry: PageGeometry, spec: AdapterSpec
 ) -> AdapterFootprint:
     layout = _layout(config, model, geometry, spec)
-    return AdapterFootprint(pages=layout.num_pages, weight_bytes=layout.payload_bytes)
+    return AdapterFootprint(
+        pages=layout.num_pages,
+        weight_bytes=layout.payload_bytes,
+        copy_bytes=layout.num_pages * geometry.page_bytes,
+    )
 
 
 def _check_host_memory(

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from engine.config import ServingConfig
 from engine.errors import UserError
+from engine.graph_sizes import padded_tokens
 from engine.layout import PageGeometry, page_geometry
 from engine.model_shape import ModelShape
 
@@ -104,7 +105,7 @@ def plan_memory(config: ServingConfig, model: ModelShape) -> MemoryPlan:
 
 def activation_bytes(config: ServingConfig, model: ModelShape) -> int:
     """Return the bytes of a step's activations and static buffers on one GPU, at its most tokens."""
-    tokens = config.max_num_batched_tokens
+    tokens = padded_tokens(config.max_num_batched_tokens, config.graph_max_tokens)
     shapes = model.linear_shapes(config.tp)
     outs = sum(shapes[name][0] for name in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"))
     ins = shapes["o_proj"][1] + shapes["down_proj"][1]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from engine.errors import UserError
+from engine.json_files import read_json
 
 LoraSharding = Literal["replicated", "block_diagonal", "slora", "slora_published"]
 Merge = Literal["never", "hot", "dynamic"]
@@ -142,12 +142,7 @@ class ServingConfig:
     @classmethod
     def load(cls, path: Path) -> ServingConfig:
         """Read the JSON file `path`. A plan's recommendation file ({"config": …}) is accepted too."""
-        try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise UserError(f"{path}: not JSON: {error}") from None
+        data = read_json(path)
         if isinstance(data, dict) and isinstance(data.get("config"), dict):
             data = data["config"]
         return cls.from_json(data, source=str(path))

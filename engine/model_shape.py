@@ -4,7 +4,6 @@ A shape comes from the catalogue of known models, or from a Hugging Face ``confi
 Mistral, Qwen2). What the engine cannot run exactly is refused here, before anything is loaded.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from engine.errors import UserError
+from engine.json_files import read_json
 
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The seven linears of a layer, in the order that every rank tuple and row table uses."""
@@ -222,11 +222,7 @@ def load_model_shape(name_or_path: str | Path) -> ModelShape:
     elif not path.is_file():
         names = ", ".join(MODEL_CATALOGUE)
         raise UserError(f"model {str(name_or_path)!r} is neither a file nor a known name ({names}).")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not readable as JSON: {_one_line(error)}") from error
-    return from_hf_config(config, name=path.resolve().parent.name, source=str(path))
+    return from_hf_config(read_json(path), name=path.resolve().parent.name, source=str(path))
 
 
 def from_hf_config(config: Mapping[str, Any], name: str, source: str) -> ModelShape:
@@ -376,7 +372,3 @@ def _flag(config: Mapping[str, Any], field: str, source: str) -> bool:
     if not isinstance(value, bool):
         raise UserError(f"{source}: {field} (={value!r}) must be true or false.")
     return value
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import UserError
+from engine.json_files import read_json
 from engine.model_shape import MODULES
 
 ATTENTION_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -102,10 +103,7 @@ def read_peft_config(folder: Path) -> PeftConfig:
     path = Path(folder) / "adapter_config.json"
     if not path.is_file():
         raise UserError(f"{folder}: no adapter_config.json: not a PEFT adapter folder.")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not readable as JSON: {error}") from None
+    config = read_json(path)
     if not isinstance(config, dict):
         raise UserError(f"{path}: must be a JSON object.")
     _refuse_unsupported(config, path)

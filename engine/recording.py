@@ -103,5 +103,4 @@ def _memory_used_bytes(device: torch.device) -> int | None:
 def _adapter_json(spec: AdapterSpec) -> dict[str, Any]:
     data = asdict(spec)
     data["path"] = None if spec.path is None else str(spec.path)
-    del data["rank_overrides"]
     return data

@@ -6,8 +6,8 @@ An adapter is absent, loading or resident. Idle residents stay until their pages
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Container, Iterator, Mapping
+from dataclasses import dataclass
 from enum import Enum
 
 from engine.pool import PagePool
@@ -21,10 +21,11 @@ class AdapterState(Enum):
 
 @dataclass(frozen=True, slots=True)
 class AdapterFootprint:
-    """What an adapter takes on one GPU: whole pages, the bytes of its weights in them, and the sum of its ranks over modules."""
+    """What an adapter takes on one GPU: whole pages, the bytes of its weights in them, and those that a load copies (the pages')."""
 
     pages: int
     weight_bytes: int
+    copy_bytes: int
 
 
 @dataclass(slots=True, eq=False)
@@ -39,7 +40,6 @@ class ResidentAdapter:
     users: int = 0
     load_started_s: float = 0.0
     load_finished_s: float = 0.0
-    last_step: int = field(default=-1)
 
 
 class Residency:
@@ -51,6 +51,7 @@ class Residency:
         self._held: dict[str, ResidentAdapter] = {}
         self._idle: OrderedDict[str, ResidentAdapter] = OrderedDict()  # least recently used first
         self._idle_pages = 0
+        self.pages_held = 0
         self._free_slots: list[int] = []
         self._next_slot = 0
         self.num_loading = 0
@@ -65,14 +66,6 @@ class Residency:
         return self._held[name]
 
     @property
-    def num_held(self) -> int:
-        return len(self._held)
-
-    @property
-    def pages_held(self) -> int:
-        return sum(len(adapter.pages) for adapter in self._held.values())
-
-    @property
     def evictable_pages(self) -> int:
         return self._idle_pages
 
@@ -80,6 +73,10 @@ class Residency:
         """Return the pages of idle adapters other than `name`."""
         adapter = self._idle.get(name) if name is not None else None
         return self._idle_pages - (len(adapter.pages) if adapter is not None else 0)
+
+    def evictable_pages_but(self, names: Container[str | None]) -> int:
+        """Return the pages of idle adapters that are not in `names`."""
+        return sum(len(adapter.pages) for name, adapter in self._idle.items() if name not in names)
 
     def idle_names(self) -> Iterator[str]:
         """Yield idle adapters, least recently used first."""
@@ -97,6 +94,7 @@ class Residency:
             name, slot, self._pool.allocate(footprint.pages), footprint, load_started_s=now_s
         )
         self._held[name] = adapter
+        self.pages_held += len(adapter.pages)
         self.num_loading += 1
         self.loads += 1
         return adapter
@@ -160,6 +158,7 @@ class Residency:
 
     def _drop(self, adapter: ResidentAdapter) -> None:
         self._idle_pages -= len(adapter.pages)
+        self.pages_held -= len(adapter.pages)
         self._pool.release(adapter.pages)
         self._free_slots.append(adapter.slot)
         del self._held[adapter.name]
@@ -183,4 +182,5 @@ class Residency:
             assert idle == (name in self._idle), (
                 f"adapter {name}: {adapter.users} users, idle: {name in self._idle}"
             )
+        assert self.pages_held == sum(len(a.pages) for a in self._held.values())
         assert self._idle_pages == sum(len(a.pages) for a in self._idle.values())

@@ -26,6 +26,7 @@ from engine.ops import ops_for
 from engine.scheduler import Sequence
 from engine.step import Load, Step
 from engine.weights import ModelWeights
+from kernels.lora_launch import LAUNCH_BOUNDARIES
 from kernels.lora_plan import bridge_width
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -75,7 +76,7 @@ class Runner:
         self.dtype = DTYPES[config.dtype]
         self._limits = _limits_of(blueprint)
         self._layouts: dict[int, BatchLayout] = {}
-        most_tokens = max(config.max_num_batched_tokens, config.graph_max_tokens)
+        most_tokens = padded_tokens(config.max_num_batched_tokens, config.graph_max_tokens)
         bridge = self._bridge_elems(most_tokens)
         self.buffers = new_buffers(
             config,
@@ -130,8 +131,8 @@ class Runner:
         return max(size * max(launch.splits for launch in self.layout(size).lora) * width for size in sizes)
 
     def _sizes(self, most_tokens: int) -> set[int]:
-        """Return the padded sizes among which every buffer's largest need is: sizes of launch settings, graphs, and the most."""
-        return {*graph_sizes(self.blueprint.config.graph_max_tokens), most_tokens, min(128, most_tokens)}
+        """Return the padded sizes among which every buffer's largest need is: needs grow with tokens between launch boundaries."""
+        return {most_tokens, *(min(boundary, most_tokens) for boundary in LAUNCH_BOUNDARIES)}
 
     def layout(self, tokens: int) -> BatchLayout:
         """Return the layout of steps of `tokens` padded rows."""
@@ -222,7 +223,10 @@ class Runner:
             return
         config = self.blueprint.config
         pool = torch.cuda.graph_pool_handle()
+        most_tokens = padded_tokens(config.max_num_batched_tokens, config.graph_max_tokens)
         for tokens in reversed(graph_sizes(config.graph_max_tokens)):
+            if tokens > most_tokens:
+                continue
             for decode_only in (False, True):
                 if decode_only and padded_tokens(config.max_num_seqs, config.graph_max_tokens) < tokens:
                     continue

@@ -123,8 +123,6 @@ class Scheduler:
         self.pool = PagePool(num_pages)
         self.residency = Residency(self.pool, footprints)
         self.preemptions = 0
-        self.adapter_hits = 0
-        self.adapter_lookups = 0
         self._waiting: deque[Sequence] = deque()
         self._running: dict[Sequence, None] = {}  # prefill and decode, oldest admission first
         self._prefilling: dict[Sequence, None] = {}
@@ -377,21 +375,29 @@ class Scheduler:
             return
         admitted: list[Sequence] = []
         may_admit = True
+        reserve = 0  # pages that the first waiting request wants when its adapter is there: nobody overtakes it into them
         wanted = {s.request.adapter for _, s in zip(range(LOOKAHEAD_REQUESTS), self._waiting, strict=False)}
         for position, sequence in zip(range(LOOKAHEAD_REQUESTS), self._waiting, strict=False):
             may_admit = may_admit and budget > 0 and bool(self._free_slots)
             name = sequence.request.adapter
             if name is not None and self.residency.state(name) is not AdapterState.RESIDENT:
-                if self.residency.state(name) is AdapterState.ABSENT:
-                    head = position == len(admitted)
-                    started = self._start_load(name, None if head else wanted, now_s)
-                    may_admit = may_admit and started  # no overtaking of a request that waits for pages
+                head = position == len(admitted)
+                absent = self.residency.state(name) is AdapterState.ABSENT
+                busy = self.residency.num_loading >= MAX_LOADS_IN_FLIGHT
+                started = (
+                    absent and not busy and self._start_load(name, now_s, reserve, None if head else wanted)
+                )
+                if head:
+                    may_admit = may_admit and (started or busy or not absent)
+                    reserve = self._watermark_pages + self._pages_for(sequence.prefill_tokens)
+                    if absent and not started:
+                        reserve += self.residency.footprints[name].pages
                 continue
             if not may_admit:
                 if name is not None:
                     self.residency.touch(name)
                 continue
-            if not self._fits(sequence):
+            if not self._fits(sequence, reserve):
                 may_admit = False
                 continue
             self._start(sequence, now_s)
@@ -412,7 +418,7 @@ class Scheduler:
                 kept.append(sequence)
         self._waiting.extendleft(reversed(kept))
 
-    def _fits(self, sequence: Sequence) -> bool:
+    def _fits(self, sequence: Sequence, reserve: int) -> bool:
         name = sequence.request.adapter
         cap = self.limits.max_adapters_per_step
         if (
@@ -422,7 +428,7 @@ class Scheduler:
             and len(self._running_adapters) >= cap
         ):
             return False
-        wanted = self._pages_for(sequence.prefill_tokens)
+        wanted = self._pages_for(sequence.prefill_tokens) + reserve
         if self._running or self._finishing:
             wanted += self._watermark_pages
         return wanted <= self.pool.num_free + self.residency.evictable_pages_without(name)
@@ -433,15 +439,11 @@ class Scheduler:
             sequence.resident = self.residency.acquire(name)
             self._running_adapters[name] = self._running_adapters.get(name, 0) + 1
             if sequence.admitted_s is None:
-                self.adapter_lookups += 1
                 arrived_s = sequence.request.arrival_s
                 waited_s = sequence.resident.load_finished_s - max(
                     arrived_s, sequence.resident.load_started_s
                 )
                 sequence.load_wait_s = max(0.0, waited_s)
-                self.adapter_hits += (
-                    sequence.resident.load_started_s < arrived_s and sequence.load_wait_s == 0.0
-                )
         wanted = self._pages_for(sequence.prefill_tokens)
         self.residency.evict(wanted)
         sequence.pages = self.pool.allocate(wanted)
@@ -453,23 +455,21 @@ class Scheduler:
         self._running[sequence] = None
         self._prefilling[sequence] = None
 
-    def _start_load(self, name: str, keep: set[str | None] | None, now_s: float) -> bool:
-        """Start a load if pages can be had: free ones, and those of idle adapters (but not of those in `keep`)."""
-        if self.residency.num_loading >= MAX_LOADS_IN_FLIGHT:
-            return False
-        pages = self.residency.footprints[name].pages
-        reserve = self._watermark_pages if keep is not None and self._running else 0
-        if pages + reserve > self.pool.num_free:
-            kept = keep if keep is not None else set()
-            evictable = self.residency.evictable_pages
-            if pages + reserve > self.pool.num_free + evictable:
+    def _start_load(self, name: str, now_s: float, reserve: int, keep: set[str | None] | None) -> bool:
+        """Start a load if `reserve` pages are left beside it: of free ones, and those of idle adapters but of those in `keep`.
+
+        keep: None for the first waiting request, which may take any idle adapter's pages and all of the watermark.
+        """
+        wanted = self.residency.footprints[name].pages
+        if keep is not None:
+            wanted += reserve + (self._watermark_pages if self._running else 0)
+        kept = keep or set()
+        if wanted > self.pool.num_free:
+            if wanted > self.pool.num_free + self.residency.evictable_pages_but(kept):
                 return False
-            self.residency.evict(pages + reserve, keep=kept.__contains__)
-            if pages > self.pool.num_free:
-                return False
+            self.residency.evict(wanted, keep=kept.__contains__)
         adapter = self.residency.start_load(name, now_s)
-        weight_bytes = adapter.footprint.weight_bytes
-        self._loads.append(Load(name, adapter.slot, tuple(adapter.pages), weight_bytes))
+        self._loads.append(Load(name, adapter.slot, tuple(adapter.pages), adapter.footprint.copy_bytes))
         return True
 
     # ---- ends ----

@@ -70,7 +70,7 @@ class Load:
     adapter: str
     slot: int
     pages: tuple[int, ...]
-    weight_bytes: int
+    num_bytes: int
 
 
 @dataclass(slots=True, kw_only=True)

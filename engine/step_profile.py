@@ -6,7 +6,7 @@ Sequences are made up: pages at random, KV random, any adapters; no prompt has t
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,7 @@ import torch
 from engine.batch import DeviceBatch
 from engine.operator_profile import lora_us
 from engine.requests import Request
-from engine.residency import AdapterState, ResidentAdapter
+from engine.residency import AdapterFootprint, AdapterState, ResidentAdapter
 from engine.runner import Runner
 from engine.scheduler import Phase, Sequence
 from engine.step import PrefillChunk, Step, StepShape
@@ -99,7 +99,8 @@ class StepBench:
         for offset, (start, length, name) in enumerate(wanted.chunks):
             sequence = self._sequence(len(decodes) + offset, start + length, name, pages, Phase.PREFILL)
             chunks.append(PrefillChunk(sequence, start, length, True))
-        return Step(index=0, shape=self._shape(wanted), joined=decodes, prefills=chunks)
+        shape = made_up_shape(wanted, self.runner.blueprint.footprints)
+        return Step(index=0, shape=shape, joined=decodes, prefills=chunks)
 
     def _sequence(
         self, slot: int, kv_tokens: int, name: str | None, pages: Iterator[int], phase: Phase
@@ -118,29 +119,29 @@ class StepBench:
             resident=None if name is None else self._residents[name],
         )
 
-    def _shape(self, wanted: MadeUpStep) -> StepShape:
-        names = [name for _, name in wanted.decodes if name is not None]
-        names += [name for _, length, name in wanted.chunks if name is not None for _ in range(length)]
-        weight = {name: self._residents[name].footprint.weight_bytes for name in set(names)}
-        rows = Counter(name for _, name in wanted.decodes if name is not None)
-        kv = [tokens + 1 for tokens, _ in wanted.decodes]
-        return StepShape(
-            decode_rows=len(kv),
-            decode_kv_tokens=sum(kv),
-            decode_kv_max=max(kv, default=0),
-            prefill_tokens=sum(length for _, length, _ in wanted.chunks),
-            prefill_chunks=len(wanted.chunks),
-            prefill_pairs=sum(
-                length * start + length * (length + 1) // 2 for start, length, _ in wanted.chunks
-            ),
-            prefill_kv_tokens=sum(start + length for start, length, _ in wanted.chunks),
-            sample_rows=len(kv) + len(wanted.chunks),
-            lora_tokens=len(names),
-            lora_adapters=len(weight),
-            lora_bytes=sum(weight.values()),
-            lora_single_bytes=sum(weight[name] for name, count in rows.items() if count == 1),
-            lora_token_bytes=sum(weight[name] for name in names),
-        )
+
+def made_up_shape(wanted: MadeUpStep, footprints: Mapping[str, AdapterFootprint]) -> StepShape:
+    """Return the shape that the scheduler would give such a step."""
+    names = [name for _, name in wanted.decodes if name is not None]
+    names += [name for _, length, name in wanted.chunks if name is not None for _ in range(length)]
+    weight = {name: footprints[name].weight_bytes for name in set(names)}
+    rows = Counter(name for _, name in wanted.decodes if name is not None)
+    kv = [tokens + 1 for tokens, _ in wanted.decodes]
+    return StepShape(
+        decode_rows=len(kv),
+        decode_kv_tokens=sum(kv),
+        decode_kv_max=max(kv, default=0),
+        prefill_tokens=sum(length for _, length, _ in wanted.chunks),
+        prefill_chunks=len(wanted.chunks),
+        prefill_pairs=sum(length * start + length * (length + 1) // 2 for start, length, _ in wanted.chunks),
+        prefill_kv_tokens=sum(start + length for start, length, _ in wanted.chunks),
+        sample_rows=len(kv) + len(wanted.chunks),
+        lora_tokens=len(names),
+        lora_adapters=len(weight),
+        lora_bytes=sum(weight.values()),
+        lora_single_bytes=sum(weight[name] for name, count in rows.items() if count == 1),
+        lora_token_bytes=sum(weight[name] for name in names),
+    )
 
 
 def _place_adapters(runner: Runner) -> dict[str, ResidentAdapter]:

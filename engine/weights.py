@@ -4,7 +4,6 @@ Linears that share an input are one matrix (q,k,v and gate,up), so that each gro
 tensor parallelism every rank reads only its own part of each file.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from pathlib import Path
 import torch
 
 from engine.errors import UserError
+from engine.json_files import read_json
 from engine.model_shape import GROUPS, ROW_PARALLEL, ModelShape
 from engine.peft_config import module_path
 from engine.tensor_files import TensorFile, open_tensors
@@ -224,10 +224,7 @@ def _open_checkpoint(folder: Path, stack: ExitStack) -> Callable[[str], TensorFi
 
 
 def _read_index(path: Path) -> Mapping[str, str]:
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not readable as JSON: {error}") from None
+    index = read_json(path)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict):
         raise UserError(f"{path}: weight_map is missing.")

@@ -47,6 +47,10 @@ class LoraLaunch:
     expand: ExpandTuning = ExpandTuning()
 
 
+# Token counts at which launches change: between two of them every buffer's need grows with the tokens.
+LAUNCH_BOUNDARIES = (2, 8, 1024)
+
+
 def lora_launch_config(tokens: int, group: int, *, in_features: int | None = None) -> LoraLaunch:
     """Return the launch parameters for a step of `tokens` rows.
 

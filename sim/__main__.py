@@ -46,12 +46,17 @@ def run(
     ] = None,
     profile: ProfileFile = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of randomness.")] = 0,
+    raw_arrivals: Annotated[
+        bool, typer.Option("--raw-arrivals", help="Take arrival_s even where arrival_spread_s is there.")
+    ] = False,
     form: Format = "table",
 ) -> None:
     """Simulate one configuration on a trace."""
     serving = ServingConfig.load(config)
     given = None if adapters is None else load_adapters(adapters)
-    result = simulate(load(trace), serving, _costs(profile)(serving), adapters=given, seed=seed)
+    result = simulate(
+        load(trace, raw_arrivals=raw_arrivals), serving, _costs(profile)(serving), adapters=given, seed=seed
+    )
     _print(form, result.to_json(), lambda: result_lines(result))
 
 

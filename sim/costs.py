@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.config import ServingConfig
+from engine.errors import UserError
 from engine.graph_sizes import padded_tokens
 from engine.model_shape import ModelShape, load_model_shape
 from engine.step import StepShape
@@ -30,6 +31,7 @@ Floats = NDArray[np.float64]
 Provenance = Literal["measured", "interpolated", "extrapolated"]
 
 DEFAULT_MAX_NUM_SEQS = ServingConfig().max_num_seqs
+MEASURED_BACKEND = "triton"  # profiles are of the GPU's kernels
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -236,7 +238,18 @@ def fit_costs(
 
 
 def costs_for(profile: Profile, config: ServingConfig) -> StepCosts:
-    """Fit a profile and compose it to what a configuration serves: its model, TP degree, graphs and batch."""
+    """Fit a profile and compose it to what a configuration serves: its model, TP degree, graphs and batch.
+
+    Raises UserError where the profile is of another GPU, element type or backend: it says nothing about them.
+    """
+    for name, measured, wanted in (
+        ("gpu", profile.gpu.lower(), config.gpu.lower()),
+        ("dtype", profile.dtype, config.dtype),
+        ("page_tokens", profile.page_tokens, config.page_tokens),
+        ("backend", MEASURED_BACKEND, config.backend),
+    ):
+        if measured != wanted:
+            raise UserError(f"{profile.source}: was measured with {name}={measured!r}, not {wanted!r}")
     return fit_costs(
         profile,
         config.tp,

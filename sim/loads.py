@@ -25,7 +25,7 @@ class LoadQueue:
     def add(self, loads: Iterable[Load], now_s: float) -> None:
         """Queue loads that the scheduler decided just now."""
         for load in loads:
-            duration_s = self._load_s(load.weight_bytes)
+            duration_s = self._load_s(load.num_bytes)
             self._free_at_s = max(self._free_at_s, now_s) + duration_s
             self.busy_s += duration_s
             self._ends.append((self._free_at_s, load.adapter))

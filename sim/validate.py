@@ -82,7 +82,9 @@ def recorded_run(path: Path, root: Path | None = None) -> RecordedRun:
     place = str(path / "run.json")
     name = path.name if root is None or path == root else str(path.relative_to(root))
     load = record.run.get("load")
-    if load is not None and (isinstance(load, bool) or not isinstance(load, (int, float)) or load <= 0):
+    if load is not None and (
+        isinstance(load, bool) or not isinstance(load, (int, float)) or not 0 < load < np.inf
+    ):
         raise UserError(f"{place}: load={load!r} must be a number above 0")
     return RecordedRun(
         name=name,
@@ -132,7 +134,7 @@ def at_once(trace: Trace) -> Trace:
 
 def load_level(load: float) -> str:
     """Name a load, as a share of capacity."""
-    return next(name for bound, name in LEVELS if load < bound)
+    return next((name for bound, name in LEVELS if load < bound), LEVELS[-1][1])
 
 
 def summary(rows: Iterable[Comparison]) -> dict[str, dict[str, dict[str, float | None]]]:

@@ -94,3 +94,14 @@ def replace_file(path: Path, write: Callable[[Path], object], *, overwrite: bool
 def os_reason(error: OSError | ValueError) -> str:
     """Return what the operating system said, without errno and path."""
     return (error.strerror if isinstance(error, OSError) and error.strerror else str(error)).lower()
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Raise TraceError unless a file or folder can be made at this path, so that long work does not end in nothing."""
+    parent = Path(path).absolute().parent
+    while not parent.exists() and not parent.is_symlink():
+        parent = parent.parent
+    if not parent.is_dir():
+        raise TraceError(f"{path}: cannot be written: {parent} is not a folder")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise TraceError(f"{path}: cannot be written: no permission in {parent}")

@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 
 from traces.errors import TraceError
-from traces.files import numbered_lines, os_reason, read_text, write_lines
+from traces.files import check_writable, numbered_lines, os_reason, read_text, write_lines
 from traces.native import json_lines
 
 RUN_FILE, REQUESTS_FILE, STEPS_FILE = "run.json", "requests.jsonl.gz", "steps.jsonl.gz"
@@ -93,6 +93,7 @@ def check_free(folder: Path) -> None:
             raise TraceError(f"{folder}: the output folder is not empty")
     elif folder.exists():
         raise TraceError(f"{folder}: is a file, not a folder")
+    check_writable(folder)
 
 
 def read_run(path: str | os.PathLike[str]) -> RunRecord:
@@ -105,9 +106,24 @@ def read_run(path: str | os.PathLike[str]) -> RunRecord:
     missing = [name for name in REQUEST_COLUMNS if name not in requests.columns]
     if missing:
         raise TraceError(f"{folder / REQUESTS_FILE}: column {missing[0]} is missing")
+    _check_numbers(folder / REQUESTS_FILE, requests)
     return RunRecord(
         run=_read_run_file(folder / RUN_FILE), requests=requests, steps=_read_table(folder / STEPS_FILE)
     )
+
+
+def _check_numbers(path: Path, requests: pd.DataFrame) -> None:
+    """Raise TraceError where a column that must hold numbers does not, or a count is missing or not whole."""
+    for name in REQUEST_COLUMNS:
+        if name in ("id", "adapter"):
+            continue
+        for position, value in enumerate(requests[name].tolist()):
+            missing = value is None or value != value
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            counts = name in ("prompt_tokens", "output_tokens", "preemptions")
+            whole = not counts or (number and not missing and float(value).is_integer())
+            if not (number or missing) or not whole or (missing and name == "arrival_s"):
+                raise TraceError(f"{path}:{position + 1}: {name} has a wrong value: {value!r}")
 
 
 def find_runs(folder: str | os.PathLike[str]) -> list[Path]:

@@ -5,6 +5,9 @@ import json
 import pytest
 
 from engine.__main__ import main
+from engine.adapter import AdapterSpec, load_adapters
+from engine.bench import BenchPlan, bench
+from engine.config import ServingConfig
 from tests.engine.tiny import save_adapter, save_model, tiny_model
 from traces.run_record import read_run
 
@@ -106,6 +109,9 @@ def test_a_bad_configuration_is_one_line(world, tmp_path, capsys, changes, messa
     [
         ("config", "{", "not JSON"),
         ("config", "[]", "must be a JSON object"),
+        ("config", "[" * 100_000, "not JSON"),
+        ("config", '{"tp": ' + "9" * 5000 + "}", "not JSON"),
+        ("adapters", "[" * 100_000, ":1"),
         ("trace", "", "trace"),
         ("trace", "[1]\n", ":1"),
         ("adapters", '{"name": "small"}\n', "'large'"),
@@ -129,6 +135,34 @@ def test_missing_files_unknown_flags_and_a_full_folder_are_one_line(world, tmp_p
     (full / "kept").write_text("x")
     fails(capsys, command(world, full), "not empty")
     assert [item.name for item in full.iterdir()] == ["kept"]
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"), [("seed", -1), ("seed", 2**40), ("load-level", -1), ("load-level", "nan")]
+)
+def test_a_bad_number_is_told_before_anything_is_built(world, tmp_path, capsys, flag, value):
+    fails(capsys, command(world, tmp_path / "run", **{flag: value}), f"--{flag}")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_output_that_cannot_be_written_is_told_before_anything_is_served(world, tmp_path, capsys):
+    (tmp_path / "file").write_text("x")
+    fails(capsys, command(world, tmp_path / "file" / "run"), "is not a folder")
+    assert "replaying" not in capsys.readouterr().err
+
+
+def test_a_record_keeps_what_its_adapters_are(world, tmp_path):
+    save_adapter(tiny_model(), tmp_path / "patterned", rank=8, rank_pattern={"q_proj": 16})
+    (tmp_path / "adapters.jsonl").write_text(json.dumps({"name": "p", "path": "patterned"}) + "\n")
+    (tmp_path / "trace.jsonl").write_text(
+        json.dumps({"arrival_s": 0.0, "prompt_tokens": 9, "output_tokens": 2, "adapter": "p"}) + "\n"
+    )
+    flags = {"trace": tmp_path / "trace.jsonl", "adapters": tmp_path / "adapters.jsonl"}
+    assert main(command(world, tmp_path / "run", **flags)) == 0
+    (spec,) = read_run(tmp_path / "run").run["adapters"]
+    overrides = tuple((module, rank) for module, rank in spec["rank_overrides"])
+    kept = AdapterSpec(name="p", rank=spec["rank"], rank_overrides=overrides)
+    assert kept.module_ranks == (16, 8, 8, 8, 8, 8, 8)
 
 
 def test_a_truncated_adapter_is_one_line_that_names_the_file(world, tmp_path, capsys):
@@ -155,3 +189,37 @@ def test_the_triton_backend_without_a_gpu_says_what_to_do(world, tmp_path, capsy
     config = tmp_path / "config.json"
     config.write_text(json.dumps(CONFIG | {"model": str(world / "model"), "backend": "triton"}))
     fails(capsys, command(world, tmp_path / "run", config=config), "use backend 'reference' on a CPU")
+
+
+def test_bench_measures_decode_and_bursts_without_and_with_adapters(world):
+    config = ServingConfig.from_json(CONFIG | {"model": str(world / "model")})
+    plan = BenchPlan(
+        batches=(1, 4),
+        base_requests=2,
+        lora_requests=2,
+        prompt_tokens=8,
+        output_tokens=6,
+        burst_tokens=(8, 30),
+    )
+    adapters = load_adapters(world / "adapters.jsonl")
+    rows = list(bench(config, adapters, plan, seed=0, progress=lambda _: None))
+    assert [(row["case"], row["batch"], row["adapters"]) for row in rows] == [
+        ("decode", 1, 0),
+        ("decode", 4, 0),
+        ("burst", 4, 0),
+        ("decode", 1, 1),
+        ("decode", 4, 2),
+        ("burst", 4, rows[-1]["adapters"]),
+    ]
+    assert all(row["tpot_ms"] > 0 for row in rows)
+    assert [row["rps"] is None for row in rows] == [True, True, False, True, True, False]
+    assert (rows[3]["rank"], rows[4]["rank"]) == (8, None)
+
+
+def test_bench_says_what_it_cannot_do_before_anything_is_built(world, tmp_path, capsys):
+    arguments = ["bench", "--config", str(world / "config.json"), "--adapters", str(world / "adapters.jsonl")]
+    (tmp_path / "there").write_text("{}")
+    fails(capsys, [*arguments, "--out", str(tmp_path / "there")], "is there already")
+    fails(capsys, [*arguments, "--out", str(tmp_path / "new")], "max_model_len=256 must be at least 1024")
+    fails(capsys, [*arguments, "--out", str(tmp_path / "new"), "--batches", "many"], "--batches")
+    assert not (tmp_path / "new").exists()

@@ -13,7 +13,10 @@ from engine.scheduler import Phase, RefusedError, Scheduler, SchedulerLimits
 from engine.step import Step
 
 LIMITS = SchedulerLimits(max_num_seqs=4, max_num_batched_tokens=16, max_model_len=64, page_tokens=4)
-FOOTPRINTS = {f"a{i}": AdapterFootprint(pages=2 + i, weight_bytes=100 * (i + 1)) for i in range(4)}
+FOOTPRINTS = {
+    f"a{i}": AdapterFootprint(pages=2 + i, weight_bytes=100 * (i + 1), copy_bytes=100 * (i + 1))
+    for i in range(4)
+}
 
 
 def request(number, prompt=5, output=3, adapter=None, arrival_s=0.0):
@@ -108,7 +111,7 @@ def test_out_of_pages_the_youngest_is_preempted_and_computed_again():
 
 def test_a_plan_that_preempts_admits_and_loads_nothing():
     """The step in flight may still write the victim's pages, so nobody else gets them before it has completed."""
-    scheduler = Scheduler(LIMITS, 8, {"a": AdapterFootprint(pages=1, weight_bytes=1)})
+    scheduler = Scheduler(LIMITS, 8, {"a": AdapterFootprint(pages=1, weight_bytes=1, copy_bytes=1)})
     for name in ("old", "young"):
         scheduler.add(request(name, prompt=12, output=8))
     running = scheduler.schedule(0.0)
@@ -292,3 +295,58 @@ def test_shapes_tell_what_the_sequences_hold(arrivals, load_steps):
         assert step.shape.lora_token_bytes == sum(weights[name] for name in names)
         scheduler.complete(step)
     assert scheduler.num_unfinished == 0
+
+
+@pytest.mark.parametrize("load_steps", [1, 5, 40])
+def test_an_endless_stream_does_not_starve_a_long_prompt_whose_adapter_must_load(load_steps):
+    """While the first waiting request's adapter loads, nobody overtakes it into the pages that its prompt will want."""
+    limits = SchedulerLimits(max_num_seqs=64, max_num_batched_tokens=512, max_model_len=2000, page_tokens=16)
+    scheduler = Scheduler(limits, 100, {"x": AdapterFootprint(pages=4, weight_bytes=4, copy_bytes=4)})
+    later, loads, running, long = [], [], None, None
+    for step in range(1500):
+        if step == 200:
+            long = scheduler.add(request("long", prompt=800, output=10, adapter="x"))
+        if step % 4 == 0 and scheduler.num_waiting < 20:
+            later.append(scheduler.add(request(step, prompt=16, output=160)))
+        for due, name in [load for load in loads if load[0] <= step]:
+            scheduler.load_finished(name, float(step))
+            loads.remove((due, name))
+        planned = scheduler.schedule(float(step))
+        loads += [(step + load_steps, load.adapter) for load in scheduler.take_loads()]
+        if running is not None:
+            scheduler.complete(running)
+        running = planned
+        scheduler.check_integrity()
+        if long is not None and long.phase is Phase.DONE:
+            break
+    assert long.phase is Phase.DONE
+    assert not [s for s in later if s.order > long.order and s.phase is Phase.DONE]
+
+
+def test_a_full_queue_of_loads_does_not_stop_requests_that_need_none():
+    footprints = {f"x{i}": AdapterFootprint(pages=1, weight_bytes=1, copy_bytes=1) for i in range(20)}
+    scheduler = Scheduler(replace(LIMITS, max_num_seqs=16), 200, footprints)
+    for name in footprints:
+        scheduler.add(request(name, adapter=name))
+    scheduler.add(request("base"))
+    step = scheduler.schedule(0.0)
+    assert len(scheduler.take_loads()) == 8
+    assert [chunk.sequence.request.request_id for chunk in step.prefills] == ["base"]
+
+
+def test_a_prefetch_that_cannot_start_evicts_nobody():
+    """Idle adapters that waiting requests want are not given up for one further back, nor others in vain."""
+    footprints = {name: AdapterFootprint(pages=4, weight_bytes=1, copy_bytes=1) for name in ("held", "idle")}
+    footprints["big"] = AdapterFootprint(pages=9, weight_bytes=1, copy_bytes=1)
+    scheduler = Scheduler(LIMITS, 16, footprints)
+    for name in ("held", "idle"):
+        scheduler.add(request(name, adapter=name, prompt=4, output=1))
+        run_alone(scheduler)
+    scheduler.add(request("long", adapter="held", prompt=16, output=20))
+    scheduler.schedule(0.0)
+    scheduler.add(request("first", adapter="idle", prompt=28, output=4))
+    scheduler.add(request("second", adapter="big", prompt=4, output=1))
+    scheduler.schedule(0.0)
+    assert scheduler.take_loads() == []
+    assert scheduler.residency.evictions == 0
+    scheduler.check_integrity()

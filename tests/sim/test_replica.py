@@ -74,7 +74,8 @@ def test_equal_steps_grow_by_a_kv_token_a_row():
 
 def test_loads_queue_on_the_link_first_in_first_out():
     footprints = {
-        name: AdapterFootprint(pages=1, weight_bytes=10 * (i + 1)) for i, name in enumerate(ADAPTERS)
+        name: AdapterFootprint(pages=1, weight_bytes=10 * (i + 1), copy_bytes=10 * (i + 1))
+        for i, name in enumerate(ADAPTERS)
     }
     trace = trace_of((0.0, 4, 1, "a1"), (0.0, 4, 1, "a0"), (0.0, 4, 1, "a2"))
     # a1 takes 1 + 2, a0 1 + 1, a2 1 + 3 seconds, one after the other: they end at 3, 5 and 9.
@@ -87,7 +88,7 @@ def test_loads_queue_on_the_link_first_in_first_out():
 
 @pytest.mark.parametrize("fast_forward", [True, False])
 def test_a_load_that_ends_while_others_decode_is_seen_when_the_next_step_starts(fast_forward):
-    footprints = {"a0": AdapterFootprint(pages=1, weight_bytes=1)}
+    footprints = {"a0": AdapterFootprint(pages=1, weight_bytes=1, copy_bytes=1)}
     trace = trace_of((0.0, 4, 20), (0.5, 4, 1, "a0"))
     # Planned at 1, so the load runs 1–6.5; seen at 7, in the step 8–9.
     result = run(trace, small_plan(footprints=footprints), ConstantCosts(load=5.5), fast_forward=fast_forward)
@@ -95,7 +96,7 @@ def test_a_load_that_ends_while_others_decode_is_seen_when_the_next_step_starts(
 
 
 def test_a_resident_adapter_is_a_hit():
-    footprints = {"a0": AdapterFootprint(pages=1, weight_bytes=1)}
+    footprints = {"a0": AdapterFootprint(pages=1, weight_bytes=1, copy_bytes=1)}
     trace = trace_of((0.0, 4, 1, "a0"), (9.0, 4, 1, "a0"))
     result = run(trace, small_plan(footprints=footprints), ConstantCosts(load=1.0))
     assert instants(result) == [(2.0, 2.0), (10.0, 10.0)]
@@ -161,7 +162,10 @@ workloads = st.lists(
     min_size=1,
     max_size=25,
 )
-FOOTPRINTS = {f"a{i}": AdapterFootprint(pages=1 + i, weight_bytes=10 * (i + 1)) for i in range(4)}
+FOOTPRINTS = {
+    f"a{i}": AdapterFootprint(pages=1 + i, weight_bytes=10 * (i + 1), copy_bytes=10 * (i + 1))
+    for i in range(4)
+}
 
 
 def trace_with_gaps(workload):

@@ -1,0 +1,31 @@
+"""JSON from files that users give: whatever is wrong with it is one UserError that names the place."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from engine.errors import UserError
+
+
+def read_json(path: str | Path) -> Any:
+    """Return what a JSON file holds. Raises UserError naming the file where it cannot be read or parsed."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8") from None
+    try:
+        return parse_json(text)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def parse_json(text: str) -> Any:
+    """Return the value of a JSON text. Raises UserError, also where it is nested too deeply or a number too long to read."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"not JSON: {' '.join(str(error).split())}") from None
