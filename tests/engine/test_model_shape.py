@@ -150,7 +150,7 @@ def test_unknown_names_and_files(tmp_path):
     with pytest.raises(UserError, match=r"no config\.json"):
         load_model_shape(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match="not readable as JSON"):
+    with pytest.raises(UserError, match="not JSON"):
         load_model_shape(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps([1]))
     with pytest.raises(UserError, match="JSON object"):
