@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.batch import BatchLayout, PageUpdates
-from engine.scheduler import Sequence
+from engine.sequence import Sequence
 from engine.step import PrefillChunk, Step
 from kernels.attention_plan import plan_decode_attention, plan_prefill_attention
 from kernels.lora_plan import plan_lora

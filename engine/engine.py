@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from engine.blueprint import Blueprint
 from engine.requests import Request
 from engine.runner import InFlight, Runner
-from engine.scheduler import Scheduler, Sequence
+from engine.scheduler import Scheduler
+from engine.sequence import Sequence
 from engine.step import StepShape
 
 

@@ -23,7 +23,7 @@ from engine.graph_sizes import graph_sizes, padded_tokens
 from engine.model import ATTENTION_PROGRAMS, Model, new_buffers
 from engine.model_shape import GROUPS
 from engine.ops import ops_for
-from engine.scheduler import Sequence
+from engine.sequence import Sequence
 from engine.step import Load, Step
 from engine.weights import ModelWeights
 from kernels.lora_launch import LAUNCH_BOUNDARIES

@@ -1,59 +1,25 @@
 """The scheduler: a torch-free state machine that decides what each step does.
 
 Requests go in, `schedule()` plans a `Step`, `complete()` tells that the GPU has done it. The engine and the simulator drive the same object;
-step n+1 may be planned before step n completes. Decoding sequences are never touched one by one: they share a tick counter, a sequence needs a
-page when `tick ≡ page_key (mod page_tokens)` and ends at a tick that is known when it joins.
+step n+1 may be planned before step n completes.
 """
 
 from __future__ import annotations
 
-import heapq
 from collections import deque
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from enum import Enum
+from dataclasses import dataclass
 
+from engine.decode_set import DecodeSet
 from engine.pool import PagePool
 from engine.requests import Request
-from engine.residency import AdapterFootprint, AdapterState, Residency, ResidentAdapter
+from engine.residency import AdapterFootprint, AdapterState, Residency
+from engine.sequence import Phase, Sequence
 from engine.step import Load, PrefillChunk, Step, StepShape
 
 MAX_LOADS_IN_FLIGHT = 8
 LOOKAHEAD_REQUESTS = 64  # so many waiting requests are looked at for admission and prefetch
 WATERMARK_SHARE = 0.01  # admission leaves so much of the pool free while others run, for their growth
-
-
-class Phase(Enum):
-    WAITING = "waiting"
-    PREFILL = "prefill"
-    DECODE = "decode"
-    FINISHING = "finishing"
-    DONE = "done"
-
-
-@dataclass(slots=True, eq=False)
-class Sequence:
-    """A request on its way. `slot` indexes the engine's per-sequence tables while it runs.
-
-    prefill_tokens: tokens to compute before it decodes: the prompt, and after a preemption what it had generated too.
-    generated: tokens planned so far, exact unless it decodes; `Scheduler.planned_tokens` is exact always.
-    """
-
-    request: Request
-    order: int
-    prefill_tokens: int
-    phase: Phase = Phase.WAITING
-    slot: int = -1
-    pages: list[int] = field(default_factory=list)
-    prefilled: int = 0
-    generated: int = 0
-    preemptions: int = 0
-    admitted_s: float | None = None
-    load_wait_s: float = 0.0
-    join_tick: int = 0
-    finish_tick: int = 0
-    page_key: int = 0
-    resident: ResidentAdapter | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,43 +35,6 @@ class SchedulerLimits:
 
 class RefusedError(ValueError):
     """A request that can never run, with the reason."""
-
-
-@dataclass(slots=True)
-class _LoraSums:
-    """Running sums over the decoding sequences that have an adapter."""
-
-    rows: dict[str, int] = field(default_factory=dict)
-    tokens: int = 0
-    distinct_bytes: int = 0
-    single_bytes: int = 0  # of adapters with one row
-    token_bytes: int = 0
-
-    def add(self, name: str, weight_bytes: int) -> None:
-        count = self.rows.get(name, 0)
-        self._count_single(count, -weight_bytes)
-        self._count_single(count + 1, weight_bytes)
-        self.rows[name] = count + 1
-        self.tokens += 1
-        self.token_bytes += weight_bytes
-        if count == 0:
-            self.distinct_bytes += weight_bytes
-
-    def remove(self, name: str, weight_bytes: int) -> None:
-        count = self.rows[name] - 1
-        self._count_single(count + 1, -weight_bytes)
-        self._count_single(count, weight_bytes)
-        self.tokens -= 1
-        self.token_bytes -= weight_bytes
-        if count:
-            self.rows[name] = count
-        else:
-            del self.rows[name]
-            self.distinct_bytes -= weight_bytes
-
-    def _count_single(self, rows: int, weight_bytes: int) -> None:
-        if rows == 1:
-            self.single_bytes += weight_bytes
 
 
 class Scheduler:
@@ -127,24 +56,12 @@ class Scheduler:
         self._running: dict[Sequence, None] = {}  # prefill and decode, oldest admission first
         self._prefilling: dict[Sequence, None] = {}
         self._finishing: dict[Sequence, None] = {}  # last token planned, not yet complete
-        self._decoding = 0
+        self._decoding = DecodeSet(limits.page_tokens)
         self._free_slots = list(range(limits.max_num_seqs - 1, -1, -1))
         self._running_adapters: dict[str, int] = {}
-        self._lora = _LoraSums()
-        self._growth: list[dict[Sequence, None]] = [{} for _ in range(limits.page_tokens)]
-        self._finish_at: dict[int, dict[Sequence, None]] = {}
-        self._finish_ticks: list[int] = []
-        self._tick = 0  # number of the next decode tick
-        self._kv_base = 0  # Σ (KV tokens at join − join tick) over decoding sequences
-        self._longest: list[
-            tuple[int, int, Sequence]
-        ] = []  # heap by −(KV at join − join tick), cleaned lazily
-        self._joining: list[Sequence] = []
-        self._leaving: list[Sequence] = []
         self._loads: list[Load] = []
         self._order = 0
         self._next_step = 0
-        self._last_shape: StepShape | None = None
         self._steady = False  # the last plan would repeat, but for what `_changed` says
         self._changed = True  # something happened since the last plan that could admit a request
         self._blocked = False  # the last admission ended for another reason than the token budget
@@ -202,7 +119,7 @@ class Scheduler:
     def planned_tokens(self, sequence: Sequence) -> int:
         """Return how many output tokens of a sequence have been planned."""
         if sequence.phase is Phase.DECODE:
-            return sequence.generated + max(0, self._tick - sequence.join_tick)
+            return sequence.generated + max(0, self._decoding.tick - sequence.join_tick)
         return sequence.generated
 
     # ---- planning ----
@@ -215,7 +132,9 @@ class Scheduler:
         """
         self._preempted = False
         step = Step(index=self._next_step, shape=StepShape())
-        decode_rows = self._plan_decodes(step)
+        self._take_growth_pages(step)
+        step.joined, step.left = self._decoding.take_changes()
+        decode_rows = len(self._decoding)
         budget = self.limits.max_num_batched_tokens - decode_rows
         budget = self._continue_prefills(step, budget)
         if not self._preempted:
@@ -223,14 +142,11 @@ class Scheduler:
             self._changed = False
         if not decode_rows and not step.prefills:
             self._steady = False
-            self._preserve_changes(step)
+            self._decoding.put_back_left(step.left)
             return None
         self._next_step += 1
         step.shape = self._shape_of(step, decode_rows)
-        if decode_rows:
-            self._tick += 1
         self._end_last_tokens(step)
-        self._last_shape = step.shape
         self._steady = not step.prefills and not self._prefilling and not step.finishing
         return step
 
@@ -258,38 +174,31 @@ class Scheduler:
         """Return how many further steps would be planned exactly like the last one, but for one more KV token a row each."""
         if not self._steady or (self._changed and self._waiting):
             return 0
-        steps = self._next_finish_tick() - self._tick
+        steps = self._decoding.ticks_to_finish()
         free = self.pool.num_free + self.residency.evictable_pages
         rotations = -(-steps // self.limits.page_tokens)
-        if rotations * self._decoding <= free:
-            return max(steps, 0)
+        if rotations * len(self._decoding) <= free:
+            return steps
         for done in range(steps):
-            free -= len(self._growth[(self._tick + done) % self.limits.page_tokens])
+            free -= len(self._decoding.growing(done))
             if free < 0:
                 return done
-        return max(steps, 0)
+        return steps
 
     def extend(self, steps: int) -> None:
         """Plan and complete `steps` further steps like the last one; at most `extendable()`."""
-        assert self._last_shape is not None
         for _ in range(steps):
-            for sequence in self._growth[self._tick % self.limits.page_tokens]:
+            for sequence in self._decoding.growing():
                 if not self.pool.num_free:
                     self.residency.evict(1)
                 sequence.pages += self.pool.allocate(1)
-            self._tick += 1
+            self._decoding.advance()
         self._next_step += steps
 
     # ---- decodes ----
 
-    def _plan_decodes(self, step: Step) -> int:
-        self._take_growth_pages(step)
-        step.joined, self._joining = self._joining, []
-        step.left, self._leaving = self._leaving, []
-        return self._decoding
-
     def _take_growth_pages(self, step: Step) -> None:
-        growing = self._growth[self._tick % self.limits.page_tokens]
+        growing = self._decoding.growing()
         while len(growing) > self.pool.num_free:
             self.residency.evict(len(growing))
             if len(growing) > self.pool.num_free:
@@ -298,57 +207,6 @@ class Scheduler:
             pages = self.pool.allocate(1)
             sequence.pages += pages
             step.new_pages.append((sequence, pages[0]))
-
-    def _join_decodes(self, sequence: Sequence) -> None:
-        """Let a sequence whose prefill is planned decode from the next step on."""
-        sequence.phase = Phase.DECODE
-        sequence.join_tick = self._tick
-        sequence.finish_tick = self._tick + sequence.request.output_tokens - sequence.generated - 1
-        sequence.page_key = (self._tick - sequence.prefill_tokens) % self.limits.page_tokens
-        self._growth[sequence.page_key][sequence] = None
-        bucket = self._finish_at.get(sequence.finish_tick)
-        if bucket is None:
-            self._finish_at[sequence.finish_tick] = bucket = {}
-            heapq.heappush(self._finish_ticks, sequence.finish_tick)
-        bucket[sequence] = None
-        base = sequence.prefill_tokens - sequence.join_tick
-        self._kv_base += base
-        heapq.heappush(self._longest, (-base, sequence.order, sequence))
-        self._decoding += 1
-        self._joining.append(sequence)
-        if sequence.resident is not None:
-            self._lora.add(sequence.resident.name, sequence.resident.footprint.weight_bytes)
-
-    def _leave_decodes(self, sequence: Sequence) -> None:
-        sequence.generated += self._tick - sequence.join_tick
-        del self._growth[sequence.page_key][sequence]
-        bucket = self._finish_at[sequence.finish_tick]
-        del bucket[sequence]
-        self._kv_base -= sequence.prefill_tokens - sequence.join_tick
-        self._decoding -= 1
-        if sequence in self._joining:
-            self._joining.remove(sequence)
-        else:
-            self._leaving.append(sequence)
-        if sequence.resident is not None:
-            self._lora.remove(sequence.resident.name, sequence.resident.footprint.weight_bytes)
-
-    def _next_finish_tick(self) -> int:
-        while self._finish_ticks and not self._finish_at[self._finish_ticks[0]]:
-            del self._finish_at[heapq.heappop(self._finish_ticks)]
-        return self._finish_ticks[0] if self._finish_ticks else self._tick
-
-    def _longest_kv(self) -> int:
-        """Return the most KV tokens that a row of the tick being planned attends to."""
-        while self._longest:
-            negative_base, _, sequence = self._longest[0]
-            if (
-                sequence.phase is Phase.DECODE
-                and sequence.prefill_tokens - sequence.join_tick == -negative_base
-            ):
-                return -negative_base + self._tick + 1
-            heapq.heappop(self._longest)
-        return 0
 
     # ---- prefills ----
 
@@ -477,8 +335,8 @@ class Scheduler:
     def _end_last_tokens(self, step: Step) -> None:
         """Move on what this step planned: prefills that end in it, and decodes whose last token it makes."""
         if step.shape.decode_rows:
-            for sequence in list(self._finish_at.get(self._tick - 1, ())):
-                self._leave_decodes(sequence)
+            for sequence in self._decoding.advance():
+                self._decoding.leave(sequence)
                 self._finish(sequence, step)
         for chunk in step.prefills:
             if not chunk.last:
@@ -489,7 +347,7 @@ class Scheduler:
             if sequence.generated == sequence.request.output_tokens:
                 self._finish(sequence, step)
             else:
-                self._join_decodes(sequence)
+                self._decoding.join(sequence)
 
     def _finish(self, sequence: Sequence, step: Step) -> None:
         del self._running[sequence]
@@ -500,7 +358,7 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         """Take everything from a running sequence; it waits at the front and computes its tokens again."""
         if sequence.phase is Phase.DECODE:
-            self._leave_decodes(sequence)
+            self._decoding.leave(sequence)
         else:
             del self._prefilling[sequence]
         del self._running[sequence]
@@ -527,16 +385,11 @@ class Scheduler:
             if not self._running_adapters[name]:
                 del self._running_adapters[name]
 
-    def _preserve_changes(self, step: Step) -> None:
-        """Keep the changes of a plan that came to nothing for the next one."""
-        self._leaving = step.left + self._leaving
-        assert not step.joined and not step.new_pages
-
     def _pages_for(self, tokens: int) -> int:
         return -(-tokens // self.limits.page_tokens)
 
     def _shape_of(self, step: Step, decode_rows: int) -> StepShape:
-        lora = self._lora
+        lora = self._decoding.lora
         tokens, adapters, distinct, token_bytes = (
             lora.tokens,
             len(lora.rows),
@@ -560,8 +413,8 @@ class Scheduler:
                     distinct += resident.footprint.weight_bytes
         return StepShape(
             decode_rows=decode_rows,
-            decode_kv_tokens=self._kv_base + decode_rows * (self._tick + 1),
-            decode_kv_max=self._longest_kv() if decode_rows else 0,
+            decode_kv_tokens=self._decoding.kv_tokens(),
+            decode_kv_max=self._decoding.longest_kv() if decode_rows else 0,
             prefill_tokens=prefill,
             prefill_chunks=len(step.prefills),
             prefill_pairs=pairs,
@@ -591,11 +444,9 @@ class Scheduler:
             "slots are not conserved"
         )
         decoding = [s for s in self._running if s.phase is Phase.DECODE]
-        assert len(decoding) == self._decoding
-        assert set(decoding) == {s for bucket in self._growth for s in bucket}
-        assert self._kv_base == sum(s.prefill_tokens - s.join_tick for s in decoding)
+        self._decoding.check_integrity(decoding)
         for s in decoding:
-            kv_tokens = s.prefill_tokens + self._tick - s.join_tick
+            kv_tokens = s.prefill_tokens + self._decoding.tick - s.join_tick
             assert len(s.pages) == self._pages_for(kv_tokens), f"{len(s.pages)} pages for {kv_tokens} tokens"
             assert s.prefill_tokens + s.request.output_tokens - s.generated <= self.limits.max_model_len + 1
         users: dict[str, int] = {}

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from engine.scheduler import Sequence
+    from engine.sequence import Sequence
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

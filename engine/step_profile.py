@@ -17,7 +17,7 @@ from engine.operator_profile import lora_us
 from engine.requests import Request
 from engine.residency import AdapterFootprint, AdapterState, ResidentAdapter
 from engine.runner import Runner
-from engine.scheduler import Phase, Sequence
+from engine.sequence import Phase, Sequence
 from engine.step import PrefillChunk, Step, StepShape
 from engine.timing import event_us, synchronize
 

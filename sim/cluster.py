@@ -7,7 +7,8 @@ from collections.abc import Callable
 from engine.blueprint import Blueprint
 from engine.requests import Request
 from engine.router import Router
-from engine.scheduler import RefusedError, Sequence
+from engine.scheduler import RefusedError
+from engine.sequence import Sequence
 from sim.clock import ARRIVAL, Clock
 from sim.observe import Observer, RequestLog, StepRow
 from sim.replica import Replica, StepTimes

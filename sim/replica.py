@@ -20,7 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.requests import Request
-from engine.scheduler import Scheduler, Sequence
+from engine.scheduler import Scheduler
+from engine.sequence import Sequence
 from engine.step import Step, StepShape
 from sim.clock import TURN, Clock
 from sim.loads import LoadQueue

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from engine.pool import PagePool
 from engine.requests import Request
 from engine.residency import AdapterFootprint
-from engine.scheduler import Phase, RefusedError, Scheduler, SchedulerLimits
+from engine.scheduler import RefusedError, Scheduler, SchedulerLimits
+from engine.sequence import Phase
 from engine.step import Step
 
 LIMITS = SchedulerLimits(max_num_seqs=4, max_num_batched_tokens=16, max_model_len=64, page_tokens=4)

@@ -1,0 +1,43 @@
+"""A request on its way through the engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from engine.requests import Request
+from engine.residency import ResidentAdapter
+
+
+class Phase(Enum):
+    WAITING = "waiting"
+    PREFILL = "prefill"
+    DECODE = "decode"
+    FINISHING = "finishing"
+    DONE = "done"
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """A request with its state. `slot` indexes the engine's per-sequence tables while it runs.
+
+    prefill_tokens: tokens to compute before it decodes: the prompt, and after a preemption what it had generated too.
+    generated: tokens planned so far, exact unless it decodes; `Scheduler.planned_tokens` is exact always.
+    join_tick, finish_tick, page_key: set by the decode set while it decodes.
+    """
+
+    request: Request
+    order: int
+    prefill_tokens: int
+    phase: Phase = Phase.WAITING
+    slot: int = -1
+    pages: list[int] = field(default_factory=list)
+    prefilled: int = 0
+    generated: int = 0
+    preemptions: int = 0
+    admitted_s: float | None = None
+    load_wait_s: float = 0.0
+    join_tick: int = 0
+    finish_tick: int = 0
+    page_key: int = 0
+    resident: ResidentAdapter | None = None
