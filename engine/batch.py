@@ -34,7 +34,7 @@ class BatchLimits:
 
 @dataclass(frozen=True, slots=True)
 class BatchLayout:
-    """Regions of the buffer for steps padded to `tokens` rows. `decode_only` steps hold no prefill chunk; others at most `chunks`."""
+    """Regions of the buffer for steps padded to `tokens` rows: where each starts, and its shape; `size` is of all, in int32."""
 
     limits: BatchLimits
     tokens: int
@@ -46,10 +46,6 @@ class BatchLayout:
     @property
     def tile_tokens(self) -> int:
         return self.lora[0].tile_tokens
-
-    @property
-    def sample_rows(self) -> int:
-        return self.regions["sample_rows"][1][0]
 
     def views(self, buffer: Any) -> dict[str, Any]:
         """Return the regions of a flat int32 array or tensor, each in its shape."""

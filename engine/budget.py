@@ -14,7 +14,7 @@ from engine.graph_sizes import padded_tokens
 from engine.layout import PageGeometry, page_geometry
 from engine.model_shape import ModelShape
 
-# CUDA context, cuBLAS and Triton workspaces, captured graphs. Measured, see docs/log.md.
+# CUDA context, cuBLAS and Triton workspaces, captured graphs: about 1 GB by what a replay had in use (docs/log.md), and room to spare.
 RUNTIME_BYTES = 4 * 2**30
 ATTENTION_PARTIAL_ROWS = 256  # most rows of partial results of the split-K attention in one step
 
@@ -30,7 +30,7 @@ class GpuSpec:
     host_bandwidth_bytes_per_s: float
 
 
-# H200: memory as torch reports it; ceilings measured 2026-11-21 (copy 4,241 GB/s; 790 TFLOP/s; pinned host to device 55 GB/s).
+# H200: torch reports 150.11 GB, a little is left out; ceilings measured 2026-11-21 (copy 4,241 GB/s; 790 TFLOP/s; pinned host to device 55 GB/s).
 GPUS: dict[str, GpuSpec] = {
     "h200": GpuSpec(
         name="h200",

@@ -57,9 +57,6 @@ class PagePool:
             if count == 1:
                 self._free.append(page)
 
-    def references(self, page: int) -> int:
-        return self._references[page]
-
     def check_integrity(self, holders: Iterable[Iterable[int]] | None = None) -> None:
         """Raise AssertionError unless every page is free exactly once or referenced as often as `holders` hold it."""
         free = set(self._free)
