@@ -16,20 +16,31 @@ from numpy.typing import NDArray
 from engine.budget import ATTENTION_PARTIAL_ROWS
 from kernels.attention_plan import prefill_block_q
 from kernels.lora_launch import LoraLaunch, lora_launch_config
-from kernels.lora_plan import NUM_GROUPS, TILE_COLUMNS, max_shrink_items, max_tiles
+from kernels.lora_plan import (
+    FIRST_ITEM,
+    HEADER_COLUMNS,
+    ITEM_COLUMNS,
+    NUM_GROUPS,
+    NUM_ITEMS,
+    TILE_COLUMNS,
+    max_shrink_items,
+    max_tiles,
+)
 
 Int32 = NDArray[np.int32]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchLimits:
-    """What bounds a batch on one rank. max_rank: the largest adapter rank (0: no adapters); in_features: of the four LoRA groups."""
+    """What bounds a batch on one rank. max_rank: the largest adapter rank (0: no adapters); in_features, widths (of the
+    modules): of the four LoRA groups."""
 
     max_num_seqs: int
     max_rank: int
     num_heads: int
     num_kv_heads: int
     in_features: tuple[int, int, int, int]
+    widths: tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +62,13 @@ class BatchLayout:
         """Return the regions of a flat int32 array or tensor, each in its shape."""
         return {name: _cut(buffer, start, shape) for name, (start, shape) in self.regions.items()}
 
+    def used_size(self, buffer: Int32) -> int:
+        """Return how much of the buffer, from its start, a step fills: all but the tail of the shrink items, the last region."""
+        start, _ = self.regions["lora_items"]
+        header_start, shape = self.regions["lora_headers"]
+        last = _cut(buffer, header_start, shape)[-1]
+        return start + int(last[FIRST_ITEM] + last[NUM_ITEMS]) * ITEM_COLUMNS
+
 
 def _cut(buffer: Any, start: int, shape: tuple[int, ...]) -> Any:
     size = int(np.prod(shape))
@@ -60,14 +78,10 @@ def _cut(buffer: Any, start: int, shape: tuple[int, ...]) -> Any:
 def batch_layout(tokens: int, limits: BatchLimits) -> BatchLayout:
     """Lay out the buffer for steps of `tokens` padded rows."""
     samples = min(tokens, limits.max_num_seqs)
-    lora = tuple(
-        lora_launch_config(tokens, group, in_features=limits.in_features[group])
-        for group in range(NUM_GROUPS)
-    )
+    lora = tuple(lora_launch_config(tokens, group) for group in range(NUM_GROUPS))
     tile_tokens = lora[0].tile_tokens
     tiles = max_tiles(tokens, limits.max_num_seqs, tile_tokens) if limits.max_rank else 1
-    rank_block = min(launch.shrink.rank_block for launch in lora)
-    items = max_shrink_items(tiles, max(limits.max_rank, 1), rank_block)
+    items = max_shrink_items(tiles, max(limits.max_rank, 1))
     block_q = prefill_block_q(limits.num_heads, limits.num_kv_heads)
     shapes: dict[str, tuple[int, ...]] = {
         "host_tokens": (tokens,),
@@ -76,15 +90,15 @@ def batch_layout(tokens: int, limits: BatchLimits) -> BatchLayout:
         "sample_rows": (samples,),
         "sample_slots": (samples,),
         "num_tiles": (1,),
-        "num_shrink_items": (NUM_GROUPS,),
+        "lora_headers": (NUM_GROUPS, HEADER_COLUMNS),
         "num_decode_items": (1,),
         "num_combine": (1,),
         "num_prefill_items": (1,),
         "tiles": (tiles, TILE_COLUMNS),
-        "shrink_items": (NUM_GROUPS, items, 2),
         "decode_items": (samples + ATTENTION_PARTIAL_ROWS, 4),
         "combine": (ATTENTION_PARTIAL_ROWS // 2, 4),
         "prefill_items": (samples + tokens // block_q, 4),
+        "lora_items": (items, ITEM_COLUMNS),  # last, so that only its head need travel
     }
     regions: dict[str, tuple[int, tuple[int, ...]]] = {}
     start = 0

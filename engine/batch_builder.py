@@ -192,15 +192,16 @@ class BatchBuilder:
         # Neighbours of one adapter are one segment; decodes and prefills are sorted apart, so an adapter has at most two.
         first = np.flatnonzero(np.diff(adapters, prepend=-2))
         lengths = np.add.reduceat(counts, first) if len(first) else counts
-        num_tiles, num_items = plan_lora(
+        num_tiles, _ = plan_lora(
             adapters[first],
             starts[first],
             lengths.astype(np.int32),
             self._adapter_meta,
-            tile_tokens=layout.tile_tokens,
+            launches=layout.lora,
+            in_features=layout.limits.in_features,
+            widths=layout.limits.widths,
             tiles_out=views["tiles"],
-            shrink_items_out=views["shrink_items"],
-            rank_blocks=[launch.shrink.rank_block for launch in layout.lora],
+            headers_out=views["lora_headers"],
+            items_out=views["lora_items"],
         )
         views["num_tiles"][0] = num_tiles
-        views["num_shrink_items"][:] = num_items

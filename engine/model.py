@@ -28,7 +28,8 @@ class Buffers:
     """Device memory that all steps share.
 
     pool [num_pages, page_elems]; page_table [max_num_seqs + 1, max_pages_per_seq] int32; last_token [max_num_seqs + 1] int64;
-    scales [adapters, 7] fp32; bridge [planes · rows · width] fp32, cut to shape by each group.
+    scales [adapters, 7] fp32; bridge [planes · rows · width] fp32, cut to shape by each group; sample_arrivals [max_num_seqs] int32, zero
+    between steps.
     """
 
     pool: torch.Tensor
@@ -38,6 +39,7 @@ class Buffers:
     bridge: torch.Tensor
     partial: torch.Tensor
     partial_lse: torch.Tensor
+    sample_arrivals: torch.Tensor
 
 
 class Model:
@@ -94,32 +96,37 @@ class Model:
         bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return x · Wᵀ (+ bias) with each row's adapter added."""
+        if not batch.with_lora:
+            return F.linear(x, weight, bias)
+        bridge = self.lora_shrink(batch, layer, group, x)
         y = F.linear(x, weight, bias)
-        if batch.with_lora:
-            self.add_lora_(batch, layer, group, x, y)
+        self.lora_expand_(batch, layer, group, bridge, y)
         return y
 
-    def add_lora_(self, batch: DeviceBatch, layer: int, group: int, x: torch.Tensor, y: torch.Tensor) -> None:
-        """Add to y, in place, what each row's adapter makes of x, for one group of linears."""
+    def lora_shrink(self, batch: DeviceBatch, layer: int, group: int, x: torch.Tensor) -> torch.Tensor:
+        """Return what each row's adapter's A makes of x, for one group of linears, as the bridge's planes."""
         launch, views, buffers = batch.layout.lora[group], batch.views, self.buffers
         width = bridge_width(self.max_rank)
-        planes = launch.splits * len(x) * width
-        bridge = buffers.bridge[:planes].view(launch.splits, len(x), width)
-        self.ops.lora_shrink(
+        planes = launch.max_splits * len(x) * width
+        bridge: torch.Tensor = self.ops.lora_shrink(
             x,
             buffers.pool,
-            views["tiles"],
-            views["num_tiles"],
-            views["shrink_items"],
-            views["num_shrink_items"],
-            bridge,
+            views["lora_headers"],
+            views["lora_items"],
+            buffers.bridge[:planes].view(launch.max_splits, len(x), width),
             group=group,
             layer=layer,
             tile_tokens=launch.tile_tokens,
-            splits=launch.splits,
             num_programs=launch.shrink_programs,
             tuning=launch.shrink,
         )
+        return bridge
+
+    def lora_expand_(
+        self, batch: DeviceBatch, layer: int, group: int, bridge: torch.Tensor, y: torch.Tensor
+    ) -> None:
+        """Add to y, in place, what each row's adapter's B makes of the bridge, for one group of linears."""
+        launch, views, buffers = batch.layout.lora[group], batch.views, self.buffers
         self.ops.lora_expand_(
             y,
             bridge,
@@ -127,11 +134,11 @@ class Model:
             buffers.pool,
             views["tiles"],
             views["num_tiles"],
+            views["lora_headers"],
             group=group,
             layer=layer,
             widths=self.widths[group],
             tile_tokens=launch.tile_tokens,
-            splits=launch.splits,
             num_programs=launch.expand_programs,
             tuning=launch.expand,
         )
@@ -189,9 +196,15 @@ class Model:
         return out
 
     def _sample(self, batch: DeviceBatch, x: torch.Tensor) -> torch.Tensor:
-        rows = x.index_select(0, batch.views["sample_rows"])
-        tokens = torch.argmax(self.logits(rows), dim=-1)
-        self.buffers.last_token.index_copy_(0, batch.views["sample_slots"].long(), tokens)
+        views, buffers = batch.views, self.buffers
+        slots = views["sample_slots"]
+        # Without prefill the rows are the samples, in order, unless padding makes them more than max_num_seqs.
+        if not batch.decode_only or len(x) != len(slots):
+            x = x.index_select(0, views["sample_rows"])
+        logits = self.logits(x)
+        tokens: torch.Tensor = self.ops.greedy_sample(
+            logits, slots, buffers.last_token, buffers.sample_arrivals
+        )
         return tokens
 
     def logits(self, rows: torch.Tensor) -> torch.Tensor:
@@ -224,4 +237,5 @@ def new_buffers(
             ATTENTION_PARTIAL_ROWS, heads, shape.head_dim, dtype=torch.float32, device=device
         ),
         partial_lse=torch.zeros(ATTENTION_PARTIAL_ROWS, heads, dtype=torch.float32, device=device),
+        sample_arrivals=torch.zeros(config.max_num_seqs, dtype=torch.int32, device=device),
     )

@@ -75,8 +75,10 @@ def profile_operators(runner: Runner, *, quick: bool) -> Iterator[tuple[str, dic
             yield "attention_prefill", row
     for rows in (1, 16, 64, 128, 256)[::thin]:
         logits = torch.randn(rows, model.vocab_size, dtype=runner.dtype, device=runner.device)
-        us = captured_us(partial(torch.argmax, logits, dim=-1), runner.device)
-        yield "sample", {"rows": rows, "us": us}
+        slots = torch.arange(rows, dtype=torch.int32, device=runner.device)
+        last_token = torch.zeros(rows, dtype=torch.int64, device=runner.device)
+        call = partial(runner.model.ops.greedy_sample, logits, slots, last_token, torch.zeros_like(slots))
+        yield "sample", {"rows": rows, "us": captured_us(call, runner.device)}
     for row in _transfer_rows(runner):
         yield "transfer", row
 
@@ -324,7 +326,8 @@ def lora_us(runner: Runner, batch: DeviceBatch) -> float:
     def call() -> None:
         for layer in range(layers):
             for group in range(len(GROUPS)):
-                model.add_lora_(batch, layer, group, inputs[group], outputs[group])
+                bridge = model.lora_shrink(batch, layer, group, inputs[group])
+                model.lora_expand_(batch, layer, group, bridge, outputs[group])
 
     return captured_us(call, runner.device) / layers
 

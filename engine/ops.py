@@ -24,6 +24,7 @@ class Ops:
     paged_prefill_attention: Op
     lora_shrink: Op
     lora_expand_: Op
+    greedy_sample: Op
 
 
 def ops_for(backend: Backend) -> Ops:
@@ -35,6 +36,7 @@ def ops_for(backend: Backend) -> Ops:
 
 def _triton_ops() -> Ops:
     from kernels.gather_tokens import gather_tokens
+    from kernels.greedy_sample import greedy_sample
     from kernels.lora_expand import lora_expand_
     from kernels.lora_shrink import lora_shrink
     from kernels.paged_decode_attention import paged_decode_attention
@@ -53,11 +55,13 @@ def _triton_ops() -> Ops:
         paged_prefill_attention=paged_prefill_attention,
         lora_shrink=lora_shrink,
         lora_expand_=lora_expand_,
+        greedy_sample=greedy_sample,
     )
 
 
 def _reference_ops() -> Ops:
     from kernels.gather_tokens_ref import gather_tokens
+    from kernels.greedy_sample_ref import greedy_sample
     from kernels.lora_expand_ref import lora_expand_ref_
     from kernels.lora_shrink_ref import lora_shrink_ref
     from kernels.paged_decode_attention_ref import paged_decode_attention
@@ -76,4 +80,5 @@ def _reference_ops() -> Ops:
         paged_prefill_attention=paged_prefill_attention,
         lora_shrink=lora_shrink_ref,
         lora_expand_=lora_expand_ref_,
+        greedy_sample=greedy_sample,
     )

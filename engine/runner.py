@@ -128,7 +128,9 @@ class Runner:
             return 1
         sizes = self._sizes(most_tokens)
         width = bridge_width(self._limits.max_rank)
-        return max(size * max(launch.splits for launch in self.layout(size).lora) * width for size in sizes)
+        return max(
+            size * max(launch.max_splits for launch in self.layout(size).lora) * width for size in sizes
+        )
 
     def _sizes(self, most_tokens: int) -> set[int]:
         """Return the padded sizes among which every buffer's largest need is: needs grow with tokens between launch boundaries."""
@@ -189,7 +191,8 @@ class Runner:
 
     def send(self, layout: BatchLayout, metadata: torch.Tensor, updates: PageUpdates) -> None:
         """Copy a step's metadata and page table changes to the device. metadata: pinned int32, with room for the changes behind the layout."""
-        self.device_metadata[: layout.size].copy_(metadata[: layout.size], non_blocking=True)
+        used = layout.used_size(metadata.numpy())
+        self.device_metadata[:used].copy_(metadata[:used], non_blocking=True)
         count = len(updates.index)
         if count:
             tail = metadata[layout.size : layout.size + 2 * count]
@@ -263,4 +266,5 @@ def _limits_of(blueprint: Blueprint) -> BatchLimits:
         num_heads=model.heads_per_rank(config.tp),
         num_kv_heads=model.kv_heads_per_rank(config.tp),
         in_features=(inputs[0], inputs[1], inputs[2], inputs[3]),
+        widths=tuple(tuple(linears[module][0] for module in group) for group in GROUPS),
     )

@@ -75,9 +75,10 @@ class StepBench:
         step, batch = self.prepare(wanted)
         runner, layout = self.runner, batch.layout
         key = runner.key(step)
+        used = layout.used_size(self._metadata.numpy())
 
         def call() -> None:
-            runner.device_metadata[: layout.size].copy_(self._metadata[: layout.size], non_blocking=True)
+            runner.device_metadata[:used].copy_(self._metadata[:used], non_blocking=True)
             tokens = runner.run(key, layout)
             self._tokens[: len(tokens)].copy_(tokens, non_blocking=True)
 

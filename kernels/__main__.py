@@ -14,7 +14,6 @@ def main(arguments: list[str] | None = None) -> int:
     bench = commands.add_parser("bench", help="check and time the kernels at Llama-3.1-8B shapes")
     bench.add_argument("--out", metavar="F", help="write the results as JSON")
     bench.add_argument("--quick", action="store_true", help="fewer replays")
-    bench.add_argument("--sweep", action="store_true", help="try launch variants and print the best of each")
     bench.add_argument("--ranks", default="16,64", help="LoRA ranks, comma-separated (default %(default)s)")
     bench.add_argument("--cases", help="tokens:adapters, comma-separated (default: the table of issue 3)")
     options = parser.parse_args(arguments)
@@ -34,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError:
         print("error: kernels bench: --ranks takes 16,64 and --cases takes 32:32,1024:1", file=sys.stderr)
         return 2
-    result = bench_lora(ranks=ranks, cases=cases, quick=options.quick, sweep=options.sweep)
+    result = bench_lora(ranks=ranks, cases=cases, quick=options.quick)
     result["device"] = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
     if options.out:
         with open(options.out, "w") as file:

@@ -5,7 +5,8 @@ produced.
              last_token[sequence_slots[t]]   else, where the row has a sequence
              0                               else (padding)
 
-So step n+1 can be launched before the tokens of step n have reached the host.
+So step n+1 can be launched before the tokens of step n have reached the host. It is the first kernel of a step and starts only when
+everything before it has ended: the kernels behind it, which start early (kernels/launch.py), rely on that.
 """
 
 import torch

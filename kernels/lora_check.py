@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from kernels.lora_plan import NUM_GROUPS, ROW_ALIGN_BYTES, TILE_COLUMNS
+from kernels.lora_plan import HEADER_COLUMNS, ITEM_COLUMNS, NUM_GROUPS, ROW_ALIGN_BYTES, TILE_COLUMNS
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -45,14 +45,10 @@ def check_pool(pool: torch.Tensor, device: torch.device) -> None:
     check(pool.device == device, f"pool must be on {device}, got {pool.device}")
 
 
-def check_bridge(bridge: torch.Tensor, tokens: int, splits: int, device: torch.device) -> None:
-    """Check the bridge: fp32 [at least splits, at least tokens, width], rows contiguous."""
+def check_bridge(bridge: torch.Tensor, tokens: int, device: torch.device) -> None:
+    """Check the bridge: fp32 [planes, at least tokens, width], rows contiguous."""
     check(bridge.dtype == torch.float32, f"bridge must be float32, got {bridge.dtype}")
     check(bridge.ndim == 3 and bridge.stride(2) == 1, "bridge must be 3-D with contiguous rows")
-    check(
-        splits >= 1 and bridge.shape[0] >= splits,
-        f"bridge must have at least splits(={splits}) planes, got {bridge.shape[0]}",
-    )
     check(bridge.shape[1] >= tokens, f"bridge must have at least {tokens} rows, got {bridge.shape[1]}")
     check(bridge.device == device, f"bridge must be on {device}, got {bridge.device}")
 
@@ -60,31 +56,29 @@ def check_bridge(bridge: torch.Tensor, tokens: int, splits: int, device: torch.d
 def check_tiles(tiles: torch.Tensor, num_tiles: torch.Tensor, device: torch.device) -> None:
     """Check the tile list and its length."""
     _check_list("tiles", tiles, device)
-    check(
-        tiles.ndim == 2 and tiles.shape[1] == TILE_COLUMNS,
-        f"tiles must be [capacity, {TILE_COLUMNS}], got {tuple(tiles.shape)}",
-    )
+    _check_columns("tiles", tiles, TILE_COLUMNS)
     _check_list("num_tiles", num_tiles, device)
     check(num_tiles.numel() == 1, f"num_tiles must have one element, got {num_tiles.numel()}")
 
 
-def check_items(items: torch.Tensor, num_items: torch.Tensor, device: torch.device) -> None:
-    """Check the shrink items and their counts."""
-    _check_list("shrink_items", items, device)
-    ok = items.ndim == 3 and items.shape[0] == NUM_GROUPS and items.shape[2] == 2
-    check(ok, f"shrink_items must be [{NUM_GROUPS}, capacity, 2], got {tuple(items.shape)}")
-    _check_list("num_shrink_items", num_items, device)
-    check(
-        tuple(num_items.shape) == (NUM_GROUPS,),
-        f"num_shrink_items must be [{NUM_GROUPS}], got {tuple(num_items.shape)}",
-    )
+def check_headers(headers: torch.Tensor, device: torch.device) -> None:
+    """Check the groups' headers."""
+    _check_list("headers", headers, device)
+    _check_columns("headers", headers, HEADER_COLUMNS)
+    check(headers.shape[0] == NUM_GROUPS, f"headers must have {NUM_GROUPS} rows, got {headers.shape[0]}")
+
+
+def check_items(items: torch.Tensor, device: torch.device) -> None:
+    """Check the shrink items."""
+    _check_list("items", items, device)
+    _check_columns("items", items, ITEM_COLUMNS)
 
 
 def check_launch(group: int, layer: int, tile_tokens: int, num_programs: int) -> None:
     """Check the launch scalars."""
     check(0 <= group < NUM_GROUPS, f"group(={group}) must be 0 to {NUM_GROUPS - 1}")
     check(layer >= 0, f"layer(={layer}) must be >= 0")
-    check(tile_tokens in (16, 32, 64, 128), f"tile_tokens(={tile_tokens}) must be 16, 32, 64 or 128")
+    check(tile_tokens in (16, 32), f"tile_tokens(={tile_tokens}) must be 16 or 32")
     check(num_programs >= 1, f"num_programs(={num_programs}) must be >= 1")
 
 
@@ -92,3 +86,10 @@ def _check_list(name: str, tensor: torch.Tensor, device: torch.device) -> None:
     check(tensor.dtype == torch.int32, f"{name} must be int32, got {tensor.dtype}")
     check(tensor.is_contiguous(), f"{name} must be contiguous")
     check(tensor.device == device, f"{name} must be on {device}, got {tensor.device}")
+
+
+def _check_columns(name: str, tensor: torch.Tensor, columns: int) -> None:
+    check(
+        tensor.ndim == 2 and tensor.shape[1] == columns,
+        f"{name} must be [capacity, {columns}], got {tuple(tensor.shape)}",
+    )

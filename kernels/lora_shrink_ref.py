@@ -4,53 +4,38 @@ from __future__ import annotations
 
 import torch
 
-from kernels.lora_launch import ShrinkTuning
-from kernels.lora_plan import GROUPS, RANKS, ROW_ALIGN_BYTES, ROW_COUNT, ROW_START, TABLE_UNIT
+from kernels.lora_plan import (
+    ENTRIES_PER_UNIT,
+    FIRST_ITEM,
+    ITEM_ENTRIES,
+    ITEM_ROW_START,
+    ITEM_SIZES,
+    ITEM_TABLE_UNIT,
+    NUM_ITEMS,
+    NUM_SPLITS,
+    ROW_ALIGN_BYTES,
+)
 
 
-def lora_shrink_ref(
-    x,
-    pool,
-    tiles,
-    num_tiles,
-    shrink_items,
-    num_shrink_items,
-    bridge,
-    *,
-    group,
-    layer,
-    tile_tokens,
-    splits,
-    num_programs,
-    tuning=None,
-):
+def lora_shrink_ref(x, pool, headers, items, bridge, *, group, layer, tile_tokens, num_programs, tuning=None):
     """Compute what `lora_shrink` computes: bridge planes whose sum is x · Aᵀ, here all in plane 0 and the others zero."""
-    block_rows = (tuning or ShrinkTuning()).rank_block
-    first, last = GROUPS[group]
-    items = shrink_items[group, : int(num_shrink_items[group])].tolist()
-    records = tiles[: int(num_tiles)].tolist()
-    blocks: dict[int, list[int]] = {}
-    for tile, block in items:
-        blocks.setdefault(tile, []).append(block)
-    for tile, tile_blocks in blocks.items():
-        record = records[tile]
-        ranks = record[RANKS : RANKS + 7]
-        group_rows = sum(ranks[first:last])
-        start_row = layer * 2 * sum(ranks) + sum(ranks[:first])
-        rows = slice(record[ROW_START], record[ROW_START] + record[ROW_COUNT])
-        a = read_rows(pool, record[TABLE_UNIT], start_row, group_rows, x.shape[1])
-        h = x[rows].float() @ a.float().T
-        for block in tile_blocks:
-            low, high = block * block_rows, min((block + 1) * block_rows, bridge.shape[2])
-            bridge[:splits, rows, low:high] = 0
-            bridge[0, rows, low : min(high, group_rows)] = h[:, low:high]
+    header = headers[group].tolist()
+    first = header[FIRST_ITEM]
+    for item in items[first : first + header[NUM_ITEMS]].tolist():
+        sizes = item[ITEM_SIZES]
+        rows = slice(item[ITEM_ROW_START], item[ITEM_ROW_START] + (sizes & 255))
+        columns = slice(sizes >> 16, (sizes >> 16) + (sizes >> 8 & 255))
+        entry = item[ITEM_TABLE_UNIT] * ENTRIES_PER_UNIT + (item[ITEM_ENTRIES] & 0xFFFF)
+        entry += layer * (item[ITEM_ENTRIES] >> 16)
+        a = read_rows(pool, entry, sizes >> 8 & 255, x.shape[1])
+        bridge[1 : header[NUM_SPLITS], rows, columns] = 0
+        bridge[0, rows, columns] = x[rows].float() @ a.float().T
     return bridge
 
 
-def read_rows(pool: torch.Tensor, table_unit: int, first: int, count: int, length: int) -> torch.Tensor:
-    """Gather `count` rows of `length` elements through an adapter's row table, from table index `first` on: [count, length]."""
-    start = table_unit * (ROW_ALIGN_BYTES // 4) + first
-    entries = pool.view(torch.int32).view(-1)[start : start + count].long()
+def read_rows(pool: torch.Tensor, first: int, count: int, length: int) -> torch.Tensor:
+    """Gather `count` rows of `length` elements through the row table at entries [first, first + count) of the pool: [count, length]."""
+    entries = pool.view(torch.int32).view(-1)[first : first + count].long()
     unit = ROW_ALIGN_BYTES // pool.element_size()
     units = -(-length // unit)
     columns = torch.arange(units, device=pool.device)

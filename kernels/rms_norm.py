@@ -2,6 +2,7 @@
 
     y = x / sqrt(mean(x²) + eps) · weight
 
+Both start early (kernels/launch.py): `weight` is read before the kernels ahead have ended.
 Source: Zhang and Sennrich, arXiv:1910.07467; the placement of the residual is Llama's.
 """
 
@@ -10,6 +11,7 @@ import triton
 import triton.language as tl
 
 from kernels.checks import FLOAT_DTYPES, check_tensor
+from kernels.launch import KEEP, launch_options, let_successor_start, wait_for_predecessors
 
 
 @triton.jit
@@ -25,22 +27,26 @@ def _rms_norm_kernel(
     HIDDEN: tl.constexpr,
     BLOCK: tl.constexpr,
     ADD: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    let_successor_start(PDL)
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < HIDDEN
-    value = tl.load(x + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
-    scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    scale = tl.load(weight + column, mask=inside, other=0.0, eviction_policy=KEEP)
+    wait_for_predecessors(PDL)
+    value = tl.load(x + row * x_stride + column, mask=inside, other=0.0)
     if ADD:
         residual_ptrs = residual + row * residual_stride + column
+        before = tl.load(residual_ptrs, mask=inside, other=0.0, eviction_policy=KEEP)
         # The norm sees what the residual stream holds, so the sum is rounded first, as in Llama.
-        total = (value + tl.load(residual_ptrs, mask=inside, other=0.0).to(tl.float32)).to(
-            residual.dtype.element_ty
-        )
-        tl.store(residual_ptrs, total, mask=inside)
-        value = total.to(tl.float32)
+        value = (value.to(tl.float32) + before.to(tl.float32)).to(residual.dtype.element_ty)
+        tl.store(residual_ptrs, value, mask=inside, eviction_policy=KEEP)
+    value = value.to(tl.float32)
     inverse = 1.0 / tl.sqrt(tl.sum(value * value, axis=0) / HIDDEN + eps)
-    tl.store(out + row * out_stride + column, (value * inverse * scale).to(out.dtype.element_ty), mask=inside)
+    # The weight is converted only here, or every load after it would wait for it.
+    normed = value * inverse * scale.to(tl.float32)
+    tl.store(out + row * out_stride + column, normed.to(out.dtype.element_ty), mask=inside)
 
 
 def rms_norm(
@@ -101,5 +107,6 @@ def _launch(x, residual, weight, eps, out):
         num_warps=min(
             max(block // 512, 1), 16
         ),  # 16 elements a thread: two 16-byte loads in bf16, no spills at H = 8192.
+        **launch_options(x.device),
     )
     return out

@@ -13,8 +13,9 @@ import triton
 import triton.language as tl
 
 from kernels.checks import FLOAT_DTYPES, check_heads, check_pool, check_tensor
+from kernels.launch import KEEP, launch_options, let_successor_start, wait_for_predecessors
 
-HEADS_BLOCK = 8
+HEADS_BLOCK = 16
 
 
 @triton.jit
@@ -34,37 +35,43 @@ def _rotary_write_kv_kernel(
     HEAD_DIM: tl.constexpr,
     PAGE_TOKENS: tl.constexpr,
     HEADS_BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    """HEADS_BLOCK heads of one token. Without branches, no load waits for more than its own address: slot and position, then angles and page."""
+    HALF: tl.constexpr = HEAD_DIM // 2
+    let_successor_start(PDL)
     token = tl.program_id(0).to(tl.int64)
-    slot = tl.load(sequence_slots + token).to(tl.int64)
-    if slot >= 0:
-        HALF: tl.constexpr = HEAD_DIM // 2
-        position = tl.load(positions + token)
-        head = tl.program_id(1) * HEADS_BLOCK + tl.arange(0, HEADS_BLOCK)
-        inside = (head < NUM_HEADS + 2 * NUM_KV_HEADS)[:, None]
-        rotates = (head < NUM_HEADS + NUM_KV_HEADS)[:, None]
-        column = tl.arange(0, HALF)
-        angle = cos_sin + position.to(tl.int64) * HEAD_DIM + column
-        cos = tl.load(angle)[None, :]
-        sin = tl.load(angle + HALF)[None, :]
-        source = qkv + token * qkv_stride + head[:, None] * HEAD_DIM + column[None, :]
-        first = tl.load(source, mask=inside, other=0.0)
-        second = tl.load(source + HALF, mask=inside, other=0.0)
-        a = first.to(tl.float32)
-        b = second.to(tl.float32)
-        first = tl.where(rotates, (a * cos - b * sin).to(first.dtype), first)
-        second = tl.where(rotates, (b * cos + a * sin).to(second.dtype), second)
-        tl.store(source, first, mask=rotates)
-        tl.store(source + HALF, second, mask=rotates)
-        # K heads and V heads follow each other in qkv as they do in a page, so one index, kv_head, runs over
-        # both.
-        if tl.program_id(1) * HEADS_BLOCK + HEADS_BLOCK > NUM_HEADS:
-            kv_head = (head - NUM_HEADS)[:, None]
-            page = tl.load(page_table + slot * table_stride + position // PAGE_TOKENS).to(tl.int64)
-            place = page * page_elems + layer_offset + (position % PAGE_TOKENS) * HEAD_DIM
-            sink = pool + place + kv_head * (PAGE_TOKENS * HEAD_DIM) + column[None, :]
-            tl.store(sink, first, mask=inside & (kv_head >= 0))
-            tl.store(sink + HALF, second, mask=inside & (kv_head >= 0))
+    slot = tl.load(sequence_slots + token, eviction_policy=KEEP).to(tl.int64)
+    position = tl.load(positions + token, eviction_policy=KEEP)
+    live = slot >= 0
+    column = tl.arange(0, HALF)
+    angle = cos_sin + position.to(tl.int64) * HEAD_DIM + column
+    cos = tl.load(angle, mask=live, other=0.0, eviction_policy=KEEP)[None, :]
+    sin = tl.load(angle + HALF, mask=live, other=0.0, eviction_policy=KEEP)[None, :]
+    first_head = tl.program_id(1) * HEADS_BLOCK
+    entry = page_table + slot * table_stride + position // PAGE_TOKENS
+    has_kv = first_head + HEADS_BLOCK > NUM_HEADS
+    page = tl.load(entry, mask=live & has_kv, other=0, eviction_policy=KEEP).to(tl.int64)
+    head = (first_head + tl.arange(0, HEADS_BLOCK))[:, None]
+    # K heads and V heads follow each other in qkv as they do in a page, so one index, kv_head, runs over both.
+    kv_head = head - NUM_HEADS
+    inside = head < NUM_HEADS + 2 * NUM_KV_HEADS
+    rotates = live & (head < NUM_HEADS + NUM_KV_HEADS)
+    written = live & inside & (kv_head >= 0)
+    source = qkv + token * qkv_stride + head * HEAD_DIM + column[None, :]
+    wait_for_predecessors(PDL)
+    first = tl.load(source, mask=inside, other=0.0)
+    second = tl.load(source + HALF, mask=inside, other=0.0)
+    a = first.to(tl.float32)
+    b = second.to(tl.float32)
+    first = tl.where(rotates, (a * cos - b * sin).to(first.dtype), first)
+    second = tl.where(rotates, (b * cos + a * sin).to(second.dtype), second)
+    tl.store(source, first, mask=rotates)
+    tl.store(source + HALF, second, mask=rotates)
+    place = page * page_elems + layer_offset + (position % PAGE_TOKENS) * HEAD_DIM
+    sink = pool + place + kv_head * (PAGE_TOKENS * HEAD_DIM) + column[None, :]
+    tl.store(sink, first, mask=written)
+    tl.store(sink + HALF, second, mask=written)
 
 
 def rotary_write_kv_(
@@ -89,6 +96,7 @@ def rotary_write_kv_(
     positions, sequence_slots: [T] int32; a token with slot −1 is padding and is left alone. page_table: [S,
     pages] int32.
     pool: [num_pages, num_layers·2·Hkv·page_tokens·D], dtype of qkv.
+    It starts early (kernels/launch.py): cos_sin, positions, sequence_slots and page_table are read before the kernels ahead have ended.
     Changes qkv and pool. Raises ValueError on shape, dtype, stride or device mismatch.
     """
     check_heads(num_heads, num_kv_heads)
@@ -129,5 +137,6 @@ def rotary_write_kv_(
         HEAD_DIM=head_dim,
         PAGE_TOKENS=page_tokens,
         HEADS_BLOCK=HEADS_BLOCK,
-        num_warps=2,  # 8 heads × 64 halves: one 16-byte load of each half a thread in bf16.
+        num_warps=4,  # 16 heads × 64 halves: one 16-byte load of each half a thread in bf16.
+        **launch_options(qkv.device),
     )

@@ -2,6 +2,7 @@
 
     y = silu(gate) · up,   silu(g) = g / (1 + exp(−g))
 
+It starts early (kernels/launch.py).
 Source: Shazeer, arXiv:2002.05202 (SwiGLU).
 """
 
@@ -10,16 +11,21 @@ import triton
 import triton.language as tl
 
 from kernels.checks import FLOAT_DTYPES, check_tensor
+from kernels.launch import launch_options, let_successor_start, wait_for_predecessors
 
 BLOCK = 1024  # 8 elements a thread with 4 warps: one 16-byte load of gate and one of up in bf16.
 
 
 @triton.jit
-def _silu_mul_kernel(gate_up, out, gate_up_stride, out_stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def _silu_mul_kernel(
+    gate_up, out, gate_up_stride, out_stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+):
+    let_successor_start(PDL)
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < WIDTH
     gate_ptrs = gate_up + row * gate_up_stride + column
+    wait_for_predecessors(PDL)
     gate = tl.load(gate_ptrs, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_ptrs + WIDTH, mask=inside, other=0.0).to(tl.float32)
     activated = gate / (1.0 + tl.exp(-gate)) * up
@@ -49,6 +55,13 @@ def silu_mul(gate_up: torch.Tensor, *, out: torch.Tensor | None = None) -> torch
         return out
     block = min(BLOCK, triton.next_power_of_2(width))
     _silu_mul_kernel[(tokens, triton.cdiv(width, block))](
-        gate_up, out, gate_up.stride(0), out.stride(0), WIDTH=width, BLOCK=block, num_warps=4
+        gate_up,
+        out,
+        gate_up.stride(0),
+        out.stride(0),
+        WIDTH=width,
+        BLOCK=block,
+        num_warps=4,
+        **launch_options(gate_up.device),
     )
     return out

@@ -151,6 +151,12 @@ def test_one_by_one_equals_hugging_face_and_peft(world):
     check(world, world.engine(max_num_seqs=1), requests())
 
 
+def test_decodes_padded_past_max_num_seqs_change_nothing(world):
+    engine = world.engine(max_num_seqs=9, max_num_batched_tokens=600)
+    check(world, engine, requests(9))
+    assert any(step.shape.decode_rows == step.shape.tokens == 9 for step in engine.steps)
+
+
 def test_chunked_prefill_changes_nothing(world):
     engine = world.engine(max_num_batched_tokens=9)
     check(world, engine, requests())

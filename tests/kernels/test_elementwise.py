@@ -118,6 +118,34 @@ def test_rotary_write_kv(target, heads, kv_heads, head_dim, page_tokens):
     assert_close(pool[written], pool_want[written])
 
 
+def test_rotary_at_the_ends_of_its_tables():
+    """The last position, slot, page and layer are reached, past 2**31 elements; where padding claims to be is not read."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    pages, layers, page_tokens, head_dim = 17, 2**18, 16, 16
+    table = torch.zeros(2, 3, device=device, dtype=torch.int32)
+    table[-1, -1] = pages - 1
+    ends = torch.iinfo(torch.int32)
+    positions = torch.tensor([ends.max, 47, ends.min, -1], dtype=torch.int32, device=device)
+    slots = torch.tensor([-1, 1, -1, -1], dtype=torch.int32, device=device)
+    arguments = (cos_sin_table(48, head_dim, device), positions, slots, table)
+    shape = dict(layer=layers - 1, num_layers=layers, num_heads=2, num_kv_heads=1)
+    shape |= dict(head_dim=head_dim, page_tokens=page_tokens)
+    qkv = normal(4, 4 * head_dim, target=(device, torch.float16))
+    pool = torch.empty(pages, layers * 2 * page_tokens * head_dim, dtype=torch.float16, device=device)
+    place = pool.view(pages, layers, 2, page_tokens, head_dim)[-1, -1]
+    found = []
+    for rotate in (rotary_ref.rotary_write_kv_, rotary.rotary_write_kv_):
+        place.fill_(7.0)
+        rotated = qkv.clone()
+        rotate(rotated, *arguments, pool, **shape)
+        found.append((rotated, place.clone()))
+    (qkv_want, place_want), (qkv_got, place_got) = found
+    assert place.storage_offset() > 2**31 and (place_got[:, :-1] == 7.0).all()
+    assert_close(place_got, place_want)
+    assert_close(qkv_got, qkv_want)
+    assert torch.equal(qkv_got[slots < 0], qkv[slots < 0])
+
+
 def test_rotary_reference_is_hugging_faces():
     llama = pytest.importorskip("transformers.models.llama.modeling_llama")
     heads, kv_heads, head_dim, tokens = 4, 2, 16, 6

@@ -10,11 +10,17 @@ import torch
 from kernels import lora_bench
 from kernels.lora_expand import lora_expand_
 from kernels.lora_expand_ref import lora_expand_ref_
-from kernels.lora_launch import ExpandTuning, ShrinkTuning, lora_launch_config
+from kernels.lora_launch import ShrinkTuning, lora_launch_config
 from kernels.lora_pack import pack_random
 from kernels.lora_plan import (
     GROUPS,
+    HEADER_COLUMNS,
+    ITEM_COLUMNS,
+    ITEM_SIZES,
     MODULES,
+    NUM_GROUPS,
+    NUM_ITEMS,
+    NUM_SPLITS,
     TILE_COLUMNS,
     bridge_width,
     max_shrink_items,
@@ -40,23 +46,23 @@ BASE = -1  # slot of rows without adapter
 NUM_LAYERS = 2
 
 
+def launch_of(tile_tokens=16, max_splits=2, programs=100):
+    return replace(
+        lora_launch_config(1, 0),
+        tile_tokens=tile_tokens,
+        max_splits=max_splits,
+        shrink_programs=programs,
+        expand_programs=programs,
+    )
+
+
 class Batch:
     """Segments of adapters with everything that the kernels are given."""
 
-    def __init__(
-        self,
-        target,
-        segments,
-        *,
-        tile_tokens=16,
-        shapes=ODD,
-        ranks=RANKS,
-        rank_block=16,
-        padding=2,
-        poison=True,
-    ):
+    def __init__(self, target, segments, *, launch=None, shapes=ODD, ranks=RANKS, padding=2, poison=True):
         self.device, self.dtype = target
-        self.shapes, self.segments, self.tile_tokens = shapes, segments, tile_tokens
+        self.shapes, self.segments = shapes, segments
+        self.launch = launch or launch_of()
         self.packed = pack_random(
             ranks,
             shapes=shapes,
@@ -71,16 +77,18 @@ class Batch:
         starts = (np.cumsum(counts) - counts).astype(np.int32)
         self.tokens = int(counts.sum()) + padding
         max_rank = max(max(r) for r in ranks)
-        capacity = max_tiles(self.tokens, max(1, len(segments)), tile_tokens)
+        capacity = max_tiles(self.tokens, max(1, len(segments)), self.launch.tile_tokens)
         tiles = np.full((capacity, TILE_COLUMNS), 2**31 - 1, np.int32)
-        items = np.full((4, max_shrink_items(capacity, max_rank, rank_block), 2), 2**31 - 1, np.int32)
-        num_tiles, num_items = plan_lora(
-            slots, starts, counts, self.packed.adapter_meta, tile_tokens=tile_tokens, tiles_out=tiles, shrink_items_out=items,
-            rank_blocks=(rank_block,) * 4,
+        items = np.full((max_shrink_items(capacity, max_rank), ITEM_COLUMNS), 2**31 - 1, np.int32)
+        headers = np.full((NUM_GROUPS, HEADER_COLUMNS), 2**31 - 1, np.int32)
+        num_tiles, _ = plan_lora(
+            slots, starts, counts, self.packed.adapter_meta, launches=[self.launch] * 4,
+            in_features=[shapes[group[0]][0] for group in GROUPS],
+            widths=[self.widths(group) for group in range(4)], tiles_out=tiles, headers_out=headers, items_out=items,
         )  # fmt: skip
         put = lambda array: torch.as_tensor(array, dtype=torch.int32).to(self.device)  # noqa: E731
         self.tiles, self.num_tiles = put(tiles), put([num_tiles])
-        self.items, self.num_items = put(items), put(num_items)
+        self.items, self.headers = put(items), put(headers)
         generator = torch.Generator().manual_seed(1)
         self.scales = (torch.rand(len(ranks), 7, generator=generator) + 0.5).to(self.device)
         self.width = bridge_width(max_rank)
@@ -89,35 +97,25 @@ class Batch:
     def normal(self, *shape, scale=1.0):
         return (torch.randn(*shape, generator=self.generator) * scale).to(self.device, self.dtype)
 
-    def poisoned_bridge(self, splits):
-        return torch.full((splits, self.tokens, self.width), float("nan"), device=self.device)
+    def poisoned_bridge(self):
+        return torch.full((self.launch.max_splits, self.tokens, self.width), float("nan"), device=self.device)
 
     def widths(self, group):
         return [self.shapes[m][1] for m in range(*GROUPS[group])]
 
-    def run(self, group, layer, splits=2, num_programs=5, shrink=None, expand=None, reference=False):
+    def run(self, group, layer, num_programs=5, shrink=None, expand=None, reference=False):
         """Shrink and expand one group; return (x, y before, bridge, y after)."""
         x = self.normal(self.tokens, self.shapes[GROUPS[group][0]][0])
         before = self.normal(self.tokens, sum(self.widths(group)), scale=0.1)
         common = dict(
-            group=group, layer=layer, tile_tokens=self.tile_tokens, splits=splits, num_programs=num_programs
+            group=group, layer=layer, tile_tokens=self.launch.tile_tokens, num_programs=num_programs
         )
         down, up = (lora_shrink_ref, lora_expand_ref_) if reference else (lora_shrink, lora_expand_)
-        bridge = self.poisoned_bridge(splits)
-        down(
-            x,
-            self.packed.pool,
-            self.tiles,
-            self.num_tiles,
-            self.items,
-            self.num_items,
-            bridge,
-            tuning=shrink,
-            **common,
-        )
+        bridge = self.poisoned_bridge()
+        down(x, self.packed.pool, self.headers, self.items, bridge, tuning=shrink, **common)
         y = before.clone()
         up(
-            y, bridge, self.scales, self.packed.pool, self.tiles, self.num_tiles,
+            y, bridge, self.scales, self.packed.pool, self.tiles, self.num_tiles, self.headers,
             widths=self.widths(group), tuning=expand, **common,
         )  # fmt: skip
         return x, before, bridge, y
@@ -184,21 +182,22 @@ def test_the_reference_against_dense_matrices(target, group):
         batch.check(group, layer, reference=True)
 
 
-@pytest.mark.parametrize(("tile_tokens", "groups"), [(32, [0]), (64, [2])])
-def test_large_tiles_and_rank_blocks(target, tile_tokens, groups):
-    batch = Batch(target, [(2, 66), (BASE, 2), (4, 3), (1, 1)], tile_tokens=tile_tokens, rank_block=64)
-    for group in (0, 2):
-        batch.check(
-            group,
-            0,
-            shrink=ShrinkTuning(rank_block=64, block_k=32),
-            expand=ExpandTuning(item_n=64, block_n=32),
-        )
+@pytest.mark.parametrize("shapes", [ODD, ROUND], ids=["odd", "round"])
+def test_large_tiles_beside_small_ones(target, shapes):
+    segments = [(2, 66), (BASE, 2), (4, 3), (1, 1), (0, 20), (5, 40)]
+    batch = Batch(target, segments, launch=launch_of(tile_tokens=32), shapes=shapes)
+    for group in range(4):
+        batch.check(group, 0, shrink=ShrinkTuning(large_block_k=32))
 
 
-@pytest.mark.parametrize("splits", [1, 7])
-def test_splits(target, splits):
-    Batch(target, MIX).check(3, 0, splits=splits, num_programs=30, shrink=ShrinkTuning(block_k=16, row_k=16))
+@pytest.mark.parametrize(("programs", "parts"), [(1, 1), (100, 3)])
+def test_parts_of_the_input(target, programs, parts):
+    shapes = ((96, 64), (96, 32), (96, 32), (96, 96), (96, 64), (96, 64), (600, 96))
+    launch = launch_of(max_splits=8, programs=programs)
+    batch = Batch(target, MIX, launch=launch, shapes=shapes)
+    assert batch.headers[:, NUM_SPLITS].tolist() == [1, 1, 1, parts]
+    bridge = batch.check(3, 0, num_programs=30, shrink=ShrinkTuning(block_k=16))
+    assert bridge[parts:].isnan().all()
 
 
 def test_one_token(target):
@@ -220,69 +219,77 @@ def test_no_work_leaves_everything(target, segments):
 
 
 def test_kernel_equals_reference_by_plane_sum(target):
-    batch = Batch(target, MIX)
+    shapes = ((600, 64), (600, 32), (600, 32), (96, 96), (600, 64), (600, 64), (96, 96))
+    batch = Batch(target, MIX, shapes=shapes)
     batch.generator.manual_seed(5)
     _, _, bridge, _ = batch.run(2, 0)
     batch.generator.manual_seed(5)
     _, _, expected, _ = batch.run(2, 0, reference=True)
-    assert torch.equal(bridge[0].isnan(), expected[0].isnan())
+    assert torch.equal(bridge.isnan(), expected.isnan())
+    planes = int(batch.headers[2, NUM_SPLITS])
     written = ~bridge[0].isnan()
-    assert_close(bridge.sum(0)[written], expected.sum(0)[written], batch.dtype)
+    assert_close(bridge[:planes].sum(0)[written], expected[:planes].sum(0)[written], batch.dtype)
 
 
 def test_the_engine_launch_configuration(target):
     for tokens in (1, 200, 1100):
         for group in (0, 3):
-            launch = lora_launch_config(tokens, group, in_features=ROUND[GROUPS[group][0]][0])
-            batch = Batch(
-                target,
-                [(2, 1), (4, 20)],
-                tile_tokens=launch.tile_tokens,
-                shapes=ROUND,
-                rank_block=launch.shrink.rank_block,
-            )
-            batch.check(
-                group, 0, splits=launch.splits, num_programs=3, shrink=launch.shrink, expand=launch.expand
-            )
+            launch = lora_launch_config(tokens, group)
+            batch = Batch(target, [(2, 1), (4, 20)], launch=launch, shapes=ROUND)
+            batch.check(group, 0, num_programs=3, shrink=launch.shrink, expand=launch.expand)
 
 
 def test_arguments_are_checked(target):
     batch = Batch(target, [(0, 1)])
     x, y = batch.normal(batch.tokens, 96), batch.normal(batch.tokens, 240)
     shrink = dict(
-        x=x, pool=batch.packed.pool, tiles=batch.tiles, num_tiles=batch.num_tiles, shrink_items=batch.items,
-        num_shrink_items=batch.num_items, bridge=batch.poisoned_bridge(2), group=0, layer=0, tile_tokens=16, splits=2, num_programs=4,
+        x=x, pool=batch.packed.pool, headers=batch.headers, items=batch.items, bridge=batch.poisoned_bridge(), group=0, layer=0,
+        tile_tokens=16, num_programs=4,
     )  # fmt: skip
     wrong = dict(
-        x=x.t(), pool=batch.packed.pool.t(), tiles=batch.tiles.long(), num_tiles=batch.num_tiles.repeat(2), shrink_items=batch.items[0],
-        num_shrink_items=batch.num_items[:2], bridge=batch.poisoned_bridge(1), group=4, layer=-1, tile_tokens=8, splits=0, num_programs=0,
+        x=x.t(), pool=batch.packed.pool.t(), headers=batch.headers[:3], items=batch.items.long(), bridge=batch.poisoned_bridge()[:, :1],
+        group=4, layer=-1, tile_tokens=8, num_programs=0,
     )  # fmt: skip
     for name, value in wrong.items():
         with pytest.raises(ValueError, match=name):
             lora_shrink(**{**shrink, name: value})
-    expand = {k: v for k, v in shrink.items() if k not in ("x", "shrink_items", "num_shrink_items")}
-    expand |= dict(y=y, scales=batch.scales, widths=[160, 40, 40])
+    expand = {k: v for k, v in shrink.items() if k not in ("x", "items")}
+    expand |= dict(
+        y=y, scales=batch.scales, widths=[160, 40, 40], tiles=batch.tiles, num_tiles=batch.num_tiles
+    )
     for name, value in dict(
-        y=y[:, :200], scales=batch.scales.double(), widths=[160, 40], bridge=batch.poisoned_bridge(2)[:, :1]
+        y=y[:, :200],
+        scales=batch.scales.double(),
+        widths=[160, 40],
+        bridge=batch.poisoned_bridge()[:, :1],
+        tiles=batch.tiles.long(),
+        num_tiles=batch.num_tiles.repeat(2),
     ).items():
         with pytest.raises(ValueError, match=name):
             lora_expand_(**{**expand, name: value})
 
 
-def plan(segments, meta, tile_tokens=16, tiles=64, items=512, **options):
-    tiles_out, items_out = np.full((tiles, TILE_COLUMNS), -7, np.int32), np.full((4, items, 2), -7, np.int32)
+def plan(segments, meta, launch=None, tiles=64, items=512, in_features=(4096,) * 4):
+    tiles_out, items_out = (
+        np.full((tiles, TILE_COLUMNS), -7, np.int32),
+        np.full((items, ITEM_COLUMNS), -7, np.int32),
+    )
+    headers = np.full((NUM_GROUPS, HEADER_COLUMNS), -7, np.int32)
     slots, starts, counts = (np.array(column, np.int32) for column in zip(*segments, strict=True))
-    numbers = plan_lora(
+    num_tiles, num_items = plan_lora(
         slots,
         starts,
         counts,
         meta,
-        tile_tokens=tile_tokens,
+        launches=[launch or launch_of()] * 4,
+        in_features=in_features,
+        widths=[[64] * (last - first) for first, last in GROUPS],
         tiles_out=tiles_out,
-        shrink_items_out=items_out,
-        **options,
+        headers_out=headers,
+        items_out=items_out,
     )
-    return tiles_out, items_out, *numbers
+    assert num_items == headers[:, NUM_ITEMS].sum()
+    return tiles_out, headers, items_out, num_tiles
 
 
 def meta_of(*ranks):
@@ -292,29 +299,50 @@ def meta_of(*ranks):
     return meta
 
 
+def sizes(rows, a_rows, column):
+    return rows | a_rows << 8 | column << 16
+
+
 def test_plan_cuts_segments_into_tiles():
     meta = meta_of([16] * 7, [0, 0, 0, 0, 0, 0, 17])
-    tiles, items, num_tiles, num_items = plan([(BASE, 0, 3), (0, 3, 17), (1, 20, 2), (0, 22, 0)], meta)
+    tiles, headers, items, num_tiles = plan([(BASE, 0, 3), (0, 3, 17), (1, 20, 2), (0, 22, 0)], meta)
     assert num_tiles == 3
     assert tiles[:3, :5].tolist() == [[1000, 3, 16, 0, 16], [1000, 19, 1, 0, 16], [1001, 20, 2, 1, 0]]
     assert (tiles[3:] == -7).all()
-    assert num_items == [6, 2, 4, 4]
-    assert items[0, :6].tolist() == [[0, 0], [0, 1], [0, 2], [1, 0], [1, 1], [1, 2]]
-    assert items[3, :4].tolist() == [[0, 0], [1, 0], [2, 0], [2, 1]]
-    assert (items[3, 4:] == -7).all()
+    assert headers[:, :2].tolist() == [[0, 2], [2, 2], [4, 2], [6, 3]]
+    assert items[:2].tolist() == [
+        [1000, 0 | 224 << 16, 3, sizes(16, 48, 0)],
+        [1000, 0 | 224 << 16, 19, sizes(1, 48, 0)],
+    ]
+    assert items[6:9].tolist() == [
+        [1000, 96 | 224 << 16, 3, sizes(16, 16, 0)],
+        [1000, 96 | 224 << 16, 19, sizes(1, 16, 0)],
+        [1001, 0 | 34 << 16, 20, sizes(2, 17, 0)],
+    ]
+    assert (items[9:] == -7).all()
 
 
-def test_plan_takes_wider_rank_blocks():
-    _, items, _, num_items = plan([(0, 0, 1)], meta_of([64] * 7), rank_blocks=(64, 16, 128, 32))
-    assert num_items == [3, 4, 1, 2]
-    assert items[0, :3].tolist() == [[0, 0], [0, 1], [0, 2]]
+def test_plan_cuts_ranks_into_blocks():
+    _, headers, items, _ = plan([(0, 0, 20), (0, 20, 16)], meta_of([64] * 7), launch_of(tile_tokens=32))
+    assert headers[:, NUM_ITEMS].tolist() == [2 * 3, 2 * 1, 2 * 2, 2 * 1]
+    assert items[:4, ITEM_SIZES].tolist() == [sizes(20, 64, low) for low in (0, 64, 128)] + [sizes(16, 64, 0)]
+
+
+@pytest.mark.parametrize(
+    ("programs", "parts", "part"), [(1, 1, 4096), (9, 4, 1024), (11, 5, 1024), (999, 8, 512)]
+)
+def test_plan_cuts_the_input_by_the_number_of_items(programs, parts, part):
+    launch = launch_of(max_splits=8, programs=programs)
+    _, headers, _, _ = plan([(0, 0, 1), (0, 1, 1)], meta_of([16] * 7), launch)
+    assert headers[0, :4].tolist() == [0, 2, part, -(-4096 // part)]
+    assert headers[0, NUM_SPLITS] <= parts
 
 
 def test_plan_refuses_what_does_not_fit():
     meta = meta_of([16] * 7)
     with pytest.raises(ValueError, match="tiles_out"):
         plan([(0, 0, 33)], meta, tiles=2)
-    with pytest.raises(ValueError, match="shrink_items_out"):
+    with pytest.raises(ValueError, match="items_out"):
         plan([(0, 0, 33)], meta, items=8)
 
 
@@ -324,7 +352,7 @@ def test_capacities_hold_any_batch():
         rows, segments, tile_tokens = (
             int(random.integers(1, 300)),
             int(random.integers(1, 40)),
-            int(random.choice([16, 32, 64])),
+            int(random.choice([16, 32])),
         )
         cuts = np.sort(random.integers(0, rows + 1, segments - 1))
         counts = np.diff(np.concatenate([[0], cuts, [rows]]))
@@ -333,7 +361,7 @@ def test_capacities_hold_any_batch():
         plan(
             [(i, 0, c) for i, c in enumerate(counts)],
             meta_of(*ranks),
-            tile_tokens,
+            launch_of(tile_tokens),
             capacity,
             max_shrink_items(capacity, 32),
         )
@@ -343,7 +371,6 @@ def test_launch_tiles_are_the_same_for_all_groups():
     for tokens in (1, 32, 128, 129, 1024, 8192):
         assert len({lora_launch_config(tokens, group).tile_tokens for group in range(4)}) == 1
     assert len(MODULES) == GROUPS[-1][1]
-    assert replace(lora_launch_config(1, 0), splits=1).splits == 1
 
 
 @pytest.mark.parametrize("tokens", [4, 130])
@@ -356,13 +383,10 @@ def test_the_benchmark_runs(monkeypatch, tokens):
     monkeypatch.setattr(lora_bench, "LLAMA_8B", small)
     monkeypatch.setattr(lora_bench, "NUM_ADAPTERS", 2)
     monkeypatch.setattr(lora_bench, "ROTATED_BYTES", 1e4)
-    monkeypatch.setattr(lora_bench, "NUM_SMS", 1)
     monkeypatch.setattr(lora_bench, "pack_random", partial(pack_random, shapes=small, page_bytes=16384))
     monkeypatch.setattr(lora_bench, "graph_us", lambda run, replays: 1.0)
     adapters = min(tokens, 2)
-    result = lora_bench.bench_lora(
-        ranks=(8,), cases=((tokens, adapters),), sweep=tokens == 4, log=lambda line: None
-    )
+    result = lora_bench.bench_lora(ranks=(8,), cases=((tokens, adapters),), log=lambda line: None)
     assert len(result["rows"]) == 12 and len(result["layer"]) == 1
     assert set(result["rows"][0]) == {
         "op",
