@@ -20,7 +20,8 @@ from engine.rotary import cos_sin_table
 from engine.weights import ModelWeights
 from kernels.lora_plan import bridge_width
 
-ATTENTION_PROGRAMS = 132 * 3  # fills an H200 at head_dim 128
+DECODE_PROGRAMS = 132 * 4  # fill an H200 at head_dim 128
+PREFILL_PROGRAMS = 132 * 3
 
 
 @dataclass(slots=True)
@@ -178,7 +179,7 @@ class Model:
             buffers.partial,
             buffers.partial_lse,
             out,
-            num_programs=ATTENTION_PROGRAMS,
+            num_programs=DECODE_PROGRAMS,
             **common,
         )
         if not batch.decode_only:
@@ -190,7 +191,7 @@ class Model:
                 views["num_prefill_items"],
                 out,
                 block_q=batch.layout.block_q,
-                num_programs=ATTENTION_PROGRAMS,
+                num_programs=PREFILL_PROGRAMS,
                 **common,
             )
         return out

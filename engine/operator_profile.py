@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from engine.batch import DeviceBatch
-from engine.model import ATTENTION_PROGRAMS
+from engine.model import DECODE_PROGRAMS, PREFILL_PROGRAMS
 from engine.model_shape import GROUPS, ModelShape
 from engine.runner import Runner
 from engine.timing import captured_us, event_us
@@ -202,7 +202,7 @@ def _decode_us(runner: Runner, tp: int, lens: np.ndarray) -> float:
         lens,
         page_tokens=config.page_tokens,
         max_partials=len(runner.buffers.partial),
-        target_items=max(1, ATTENTION_PROGRAMS // kv_heads),
+        target_items=max(1, DECODE_PROGRAMS // kv_heads),
     )
     items_gpu, num_items = _work_list(items, runner.device)
     combine_gpu, num_combine = _work_list(combine, runner.device)
@@ -231,7 +231,7 @@ def _decode_us(runner: Runner, tp: int, lens: np.ndarray) -> float:
                 num_kv_heads=kv_heads,
                 head_dim=model.head_dim,
                 page_tokens=config.page_tokens,
-                num_programs=ATTENTION_PROGRAMS,
+                num_programs=DECODE_PROGRAMS,
             )
 
     return captured_us(call, runner.device) / model.num_layers
@@ -303,7 +303,7 @@ def _prefill_us(runner: Runner, tp: int, chunks: list[tuple[int, int]], tokens: 
                 head_dim=model.head_dim,
                 page_tokens=config.page_tokens,
                 block_q=block_q,
-                num_programs=ATTENTION_PROGRAMS,
+                num_programs=PREFILL_PROGRAMS,
             )
 
     return captured_us(call, runner.device) / model.num_layers

@@ -196,7 +196,7 @@ def _profile_lora(bench: StepBench, *, quick: bool) -> list[dict[str, Any]]:
     for group, available in counts.items():
         cases = [
             (tokens, adapters)
-            for tokens in (1, 8, 32, 64, 128, 256)
+            for tokens in (1, 4, 8, 16, 32, 64, 128, 256)
             for adapters in (1, 4, 16, 32, 64, 128, 200)
         ]
         cases = [

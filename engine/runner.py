@@ -20,7 +20,7 @@ from engine.batch_builder import BatchBuilder, SampledRows
 from engine.blueprint import Blueprint
 from engine.errors import UserError
 from engine.graph_sizes import graph_sizes, padded_tokens
-from engine.model import ATTENTION_PROGRAMS, Model, new_buffers
+from engine.model import DECODE_PROGRAMS, Model, new_buffers
 from engine.model_shape import GROUPS
 from engine.ops import ops_for
 from engine.sequence import Sequence
@@ -105,7 +105,7 @@ class Runner:
             max_num_seqs=config.max_num_seqs,
             max_pages_per_seq=self.buffers.page_table.shape[1],
             page_tokens=config.page_tokens,
-            attention_items=max(1, ATTENTION_PROGRAMS // blueprint.model.kv_heads_per_rank(config.tp)),
+            attention_items=max(1, DECODE_PROGRAMS // blueprint.model.kv_heads_per_rank(config.tp)),
             adapter_meta=self.loader.adapter_meta,
         )
         pin = device.type == "cuda"

@@ -100,6 +100,8 @@ def _split(
     if longest < max(1.5 * share, 2 * MIN_CHUNK_TOKENS) or max_partials < 2:
         return None, None
     pieces = _pieces(lens, share)
+    if int(pieces.sum()) > target_items:  # a few items more than programs would take as long as twice as many
+        pieces = _pieces(lens, share, rounding=0.0)
     if int(pieces[pieces > 1].sum()) > max_partials:
         # p > 1 chunks come from at least p − 1/2 shares: split rows make at most 4/3 · total / share chunks.
         pieces = _pieces(lens, 4 / 3 * total / max_partials)
@@ -108,8 +110,8 @@ def _split(
     return -(-lens // chunk), chunk
 
 
-def _pieces(lens: Int64Array, share: float) -> Int64Array:
-    rounded = (lens / share + 0.5).astype(np.int64)
+def _pieces(lens: Int64Array, share: float, *, rounding: float = 0.5) -> Int64Array:
+    rounded = (lens / share + rounding).astype(np.int64)
     return np.maximum(np.minimum(rounded, lens // MIN_CHUNK_TOKENS), lens > 0)
 
 

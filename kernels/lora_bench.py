@@ -7,13 +7,15 @@ median of 20 replays, a layer = the sum over qkv, o, gate_up, down. Numbers are 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
+from kernels.graph_time import ROTATED_BYTES, check_error, graph_us, relative_error, timed
+from kernels.lora_cases import GROUP_NAMES, Case
 from kernels.lora_expand import lora_expand_
 from kernels.lora_expand_ref import lora_expand_ref_
 from kernels.lora_launch import LoraLaunch, lora_launch_config
@@ -32,120 +34,102 @@ from kernels.lora_plan import (
 from kernels.lora_shrink import lora_shrink
 from kernels.lora_shrink_ref import lora_shrink_ref
 
-GROUP_NAMES = ("qkv", "o", "gate_up", "down")
-BYTES_PER_S = 4.3e12  # H200, between its measured read and copy rates (shared/facts/h200.md, 2026-11-21)
-NUM_ADAPTERS = 32
+NUM_ADAPTERS = 32  # that batches of one rank take theirs from
 DEVICE, DTYPE = "cuda", torch.bfloat16
-ROTATED_BYTES = 150e6
-MAX_RELATIVE_ERROR = 1e-2  # bf16
-CASES = ((1, 1), (32, 32), (128, 32), (1024, 1), (1024, 32))  # (tokens, adapters), issue 3
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Case:
-    """One batch: `tokens` rows spread evenly over `adapters` adapters of one rank."""
-
-    rank: int
-    tokens: int
-    adapters: int
-
-    def bound_us(self, group: int) -> float:
-        """Time to move each adapter row in use, x once, and y in and out."""
-        modules = range(*GROUPS[group])
-        weights = self.adapters * self.rank * sum(sum(LLAMA_8B[m]) for m in modules)
-        activations = self.tokens * (LLAMA_8B[modules[0]][0] + 2 * sum(LLAMA_8B[m][1] for m in modules))
-        return 2 * (weights + activations) / BYTES_PER_S * 1e6
-
-
-def bench_lora(
-    *,
-    ranks: tuple[int, ...] = (16, 64),
-    cases=CASES,
-    quick: bool = False,
-    log: Callable = print,
-) -> dict:
-    """Check and time every case; return {"rows": […], "layer": […]}.
+def bench_lora(cases: Sequence[Case], *, quick: bool = False, log: Callable[[str], object] = print) -> dict:
+    """Check and time every case; return {"rows": […], "layer": […], "mixed_ranks": None or the mixed batch beside the uniform one}.
 
     quick: fewer replays. Raises RuntimeError if a result is wrong.
     """
     rows, layers = [], []
-    for rank in ranks:
-        weights = Weights(rank)
-        for tokens, adapters in cases:
-            case = Case(rank=rank, tokens=tokens, adapters=adapters)
-            launches = [lora_launch_config(tokens, group) for group in range(4)]
-            total = 0.0
-            for group, launch in enumerate(launches):
-                batch = Batch(case, weights, group, launch)
-                error = batch.relative_error()
-                if not error < MAX_RELATIVE_ERROR:
-                    raise RuntimeError(f"lora {GROUP_NAMES[group]} {case}: relative error {error:.2e}")
-                times = {
-                    op: batch.time_us(op, replays=10 if quick else 20)
-                    for op in ("lora_shrink", "lora_expand", "lora")
-                }
-                total += times["lora"]
-                common = dict(layer=GROUP_NAMES[group], rank=rank, tokens=tokens, adapters=adapters)
-                rows += [
-                    dict(
-                        op=op,
-                        **common,
-                        us=round(us, 2),
-                        bound_us=round(case.bound_us(group), 2),
-                        rel_err=error,
-                    )
-                    for op, us in times.items()
-                ]
-                shown = " ".join(f"{op[5:] or 'both'} {us:.2f}" for op, us in times.items())
-                log(
-                    f"  {GROUP_NAMES[group]:8} {shown}  bound {case.bound_us(group):.2f} µs  error {error:.1e}"
-                )
-            chain = layer_chain_us(case, weights, launches)
-            bound = sum(map(case.bound_us, range(4)))
-            layers.append(
-                dict(
-                    rank=rank,
-                    tokens=tokens,
-                    adapters=adapters,
-                    us=round(total, 2),
-                    bound_us=round(bound, 2),
-                    chain_us=round(chain, 2),
-                )
-            )
-            log(
-                f"layer r={rank} tokens={tokens} adapters={adapters}: {total:.1f} µs (chain {chain:.1f}, bound {bound:.1f})"
-            )
-    return {"rows": rows, "layer": layers}
+    pools = itertools.groupby(cases, lambda case: pool_ranks(case, cases))
+    for ranks, batches in pools:
+        weights = Weights(ranks)
+        for case in batches:
+            case_rows, layer = bench_case(case, weights, quick=quick, log=log)
+            rows += case_rows
+            layers.append(layer)
+        del weights
+    return {"rows": rows, "layer": layers, "mixed_ranks": compare_mixed(layers)}
+
+
+def bench_case(
+    case: Case, weights: Weights, *, quick: bool, log: Callable[[str], object]
+) -> tuple[list[dict], dict]:
+    """Check and time one case; return its rows, three a group, and the row of the layer."""
+    rows, total = [], 0.0
+    launches = [lora_launch_config(case.tokens, group) for group in range(NUM_GROUPS)]
+    for group, launch in enumerate(launches):
+        batch = Batch(case, weights, group, launch)
+        error = check_error(f"lora {GROUP_NAMES[group]} {case}", batch.relative_error())
+        for op in ("lora_shrink", "lora_expand", "lora"):
+            us = batch.time_us(op, replays=10 if quick else 20)
+            fields = timed(us, case.bound_us(group))
+            rows.append({"op": op, "layer": GROUP_NAMES[group], **case.shape, **fields, "rel_err": error})
+        total += us
+    chain = layer_chain_us(case, weights, launches)
+    moved = sum(map(case.moved_bytes, range(NUM_GROUPS)))
+    bound = sum(map(case.bound_us, range(NUM_GROUPS)))
+    layer = {**case.shape, **timed(total, bound), "chain_us": round(chain, 2), "bytes": moved}
+    shown = " ".join(f"{row['op'][5:] or row['layer']} {row['us']:.1f}" for row in rows)
+    log(
+        f"lora {' '.join(f'{k}={v}' for k, v in case.shape.items())}: {total:.1f} µs, bound {bound:.1f} ({shown})"
+    )
+    return rows, layer
+
+
+def compare_mixed(layers: list[dict]) -> dict | None:
+    """Return what a byte costs in the mixed batch as a multiple of what it costs in the uniform one; None if not both were timed."""
+    found = {layer["case"]: layer for layer in layers}
+    if not {"mixed", "as mixed"} <= found.keys():
+        return None
+    mixed, uniform = found["mixed"], found["as mixed"]
+    quotient = (mixed["us"] / mixed["bytes"]) / (uniform["us"] / uniform["bytes"])
+    sides = {
+        f"{name}_{field}": layer[field]
+        for name, layer in (("mixed", mixed), ("uniform", uniform))
+        for field in ("rank", "bytes", "us")
+    }
+    return {**sides, "time_per_byte_quotient": round(quotient, 3)}
+
+
+def pool_ranks(case: Case, cases: Sequence[Case]) -> tuple[int, ...]:
+    """Return the ranks of the adapters in the pool that a case is served from: NUM_ADAPTERS or more of one rank, or its own."""
+    if case.name != "uniform":
+        return case.adapter_ranks
+    most = max(other.adapters for other in cases if other.name == "uniform" and other.rank == case.rank)
+    return (case.rank,) * max(NUM_ADAPTERS, most)
 
 
 class Weights:
-    """`NUM_ADAPTERS` random adapters over so many layers that every group's weights exceed the cache."""
+    """Random adapters of given ranks, over so many layers that every group's weights exceed the cache."""
 
-    def __init__(self, rank: int) -> None:
-        smallest = (
-            NUM_ADAPTERS * rank * 2 * min(sum(sum(LLAMA_8B[m]) for m in range(*group)) for group in GROUPS)
-        )
+    def __init__(self, ranks: Sequence[int]) -> None:
+        self.num_adapters = len(ranks)
+        smallest = sum(ranks) * 2 * min(sum(sum(LLAMA_8B[m]) for m in range(*group)) for group in GROUPS)
         self.num_layers = -(-int(ROTATED_BYTES) // smallest)
-        self.rank = rank
         self.packed: PackedAdapters = pack_random(
-            [[rank] * 7] * NUM_ADAPTERS, num_layers=self.num_layers, dtype=DTYPE, device=DEVICE
+            [[rank] * 7 for rank in ranks], num_layers=self.num_layers, dtype=DTYPE, device=DEVICE
         )
-        self.scales = torch.full((NUM_ADAPTERS, 7), 0.5, device=DEVICE)
+        self.scales = torch.full((len(ranks), 7), 0.5, device=DEVICE)
 
 
 class Lists:
     """The device's work lists for one batch of segments."""
 
     def __init__(self, case: Case, weights: Weights, launches: list[LoraLaunch], first_slot: int) -> None:
-        slots = (first_slot + np.arange(case.adapters, dtype=np.int32)) % NUM_ADAPTERS
-        edges = np.linspace(0, case.tokens, case.adapters + 1).astype(np.int32)
+        slots = (first_slot + np.arange(case.adapters, dtype=np.int32)) % np.int32(weights.num_adapters)
+        counts = np.array(case.row_counts, np.int32)
+        starts = np.cumsum(counts, dtype=np.int32) - counts
         tiles = np.zeros(
             (max_tiles(case.tokens, case.adapters, launches[0].tile_tokens), TILE_COLUMNS), np.int32
         )
         items = np.zeros((max_shrink_items(len(tiles), case.rank), ITEM_COLUMNS), np.int32)
         headers = np.zeros((NUM_GROUPS, HEADER_COLUMNS), np.int32)
         num_tiles, _ = plan_lora(
-            slots, edges[:-1], np.diff(edges), weights.packed.adapter_meta, launches=launches,
+            slots, starts, counts, weights.packed.adapter_meta, launches=launches,
             in_features=[LLAMA_8B[group[0]][0] for group in GROUPS],
             widths=[[LLAMA_8B[module][1] for module in range(*group)] for group in GROUPS], tiles_out=tiles, headers_out=headers, items_out=items,
         )  # fmt: skip
@@ -167,9 +151,9 @@ class Batch:
         self.bridge = torch.full(
             (launch.max_splits, case.tokens, bridge_width(case.rank)), float("nan"), device=DEVICE
         )
-        slots = range(0, NUM_ADAPTERS, case.adapters)
+        slots = range(0, weights.num_adapters, case.adapters)
         self.lists = [Lists(case, weights, [launch] * 4, slot) for slot in slots]
-        set_bytes = case.adapters * case.rank * 2 * sum(sum(LLAMA_8B[m]) for m in modules)
+        set_bytes = sum(case.adapter_ranks) * 2 * sum(sum(LLAMA_8B[m]) for m in modules)
         sets = itertools.product(range(weights.num_layers), self.lists)
         self.sets = list(itertools.islice(sets, -(-int(ROTATED_BYTES) // set_bytes)))
 
@@ -208,8 +192,7 @@ class Batch:
             expected, bridge, self.weights.scales, pool, lists.tiles, lists.num_tiles, lists.headers,
             widths=self.widths, **common,
         )  # fmt: skip
-        error = ((self.y.float() - expected).norm() / expected.norm()).item()
-        return error if error == error else float("inf")
+        return relative_error(self.y, expected)
 
     def time_us(self, op: str, replays: int = 20, launch: LoraLaunch | None = None) -> float:
         """Return the median time of one call of `op` (lora_shrink, lora_expand, or lora for both)."""
@@ -225,24 +208,6 @@ class Batch:
         if op == "lora_expand":
             self.bridge.normal_(std=0.01)
         return graph_us(run, replays) / len(self.sets)
-
-
-def graph_us(run: Callable[[], None], replays: int) -> float:
-    """Capture `run` in a CUDA graph and return the median time of a replay."""
-    run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    for _ in range(3):
-        graph.replay()
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 1)]
-    events[0].record()
-    for event in events[1:]:
-        graph.replay()
-        event.record()
-    torch.cuda.synchronize()
-    return 1e3 * float(np.median([a.elapsed_time(b) for a, b in itertools.pairwise(events)]))
 
 
 def layer_chain_us(case: Case, weights: Weights, launches: list[LoraLaunch]) -> float:

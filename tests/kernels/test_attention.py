@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kernels import attention_plan
 from kernels import paged_decode_attention as decode
 from kernels import paged_decode_attention_ref as decode_ref
 from kernels import paged_prefill_attention as prefill
@@ -19,6 +20,7 @@ from kernels.attention_plan import (
     plan_prefill_attention,
     prefill_block_q,
 )
+from kernels.rotary_write_kv import rotary_write_kv_
 from tests.kernels.tolerances import assert_close
 
 LAYERS, LAYER = 2, 1
@@ -91,26 +93,66 @@ def length_of(items, device):
     return torch.tensor([len(items)], dtype=torch.int32, device=device)
 
 
-def capped(items, device, spare=3):
+NONSENSE = 2 * (np.full((3, 4), 10**9, dtype=np.int32),)  # past the counts of two lists
+
+
+def capped(items, device, tail=NONSENSE[0]):
     """A work list in a larger buffer, its unused end nonsense."""
-    buffer = np.full((len(items) + spare, 4), 10**9, dtype=np.int32)
-    if len(items):
-        buffer[: len(items)] = items
+    buffer = np.concatenate([np.reshape(items, (-1, 4)), tail]).astype(np.int32)
     return torch.from_numpy(buffer).to(device)
 
 
-def run_decode(module, q, cache, slots, items, combine, *, max_partials=16, num_programs=5):
+def run_decode(module, q, cache, slots, items, combine, *, max_partials=16, num_programs=5, tails=NONSENSE):
     tokens, heads, head_dim = q.shape
     out = poisoned(tokens, heads * head_dim, dtype=q.dtype, device=q.device)
     partial = poisoned(max_partials, heads, head_dim, dtype=torch.float32, device=q.device)
     lse = poisoned(max_partials, heads, dtype=torch.float32, device=q.device)
     module.paged_decode_attention(
         q, cache.pool, cache.page_table, torch.tensor(slots, dtype=torch.int32, device=q.device),
-        capped(items, q.device), length_of(items, q.device),
-        capped(combine, q.device), length_of(combine, q.device),
+        capped(items, q.device, tails[0]), length_of(items, q.device),
+        capped(combine, q.device, tails[1]), length_of(combine, q.device),
         partial, lse, out, **cache.shape, num_programs=num_programs,
     )  # fmt: skip
     return out, partial, lse
+
+
+def guard_accesses(monkeypatch, module):
+    """Hold every access of a launch in the interpreter to its tensors' memory; on a GPU the driver does, page by page."""
+    if torch.cuda.is_available():
+        return
+    from triton.runtime.interpreter import InterpreterBuilder as Builder
+
+    spans = []
+    launch = module.paged_decode_attention
+
+    def recorded(*tensors, **options):
+        for tensor in tensors:
+            if tensor.numel():
+                reach = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+                spans.append((tensor.data_ptr(), tensor.data_ptr() + reach * tensor.element_size()))
+        return launch(*tensors, **options)
+
+    def check(ptrs, mask):
+        live = ptrs.data[np.broadcast_to(mask.data, ptrs.data.shape).astype(bool)].astype(np.int64)
+        width = ptrs.get_element_ty().primitive_bitwidth // 8
+        inside = np.zeros(live.shape, bool)
+        for start, end in spans:
+            inside |= (live >= start) & (live + width <= end)
+        assert inside.all(), f"{np.count_nonzero(~inside)} accesses outside the arguments"
+
+    load, store = Builder.create_masked_load, Builder.create_masked_store
+
+    def guarded_load(self, ptrs, mask, *rest):
+        check(ptrs, mask)
+        return load(self, ptrs, mask, *rest)
+
+    def guarded_store(self, ptrs, value, mask, *rest):
+        check(ptrs, mask)
+        return store(self, ptrs, value, mask, *rest)
+
+    monkeypatch.setattr(module, "paged_decode_attention", recorded)
+    monkeypatch.setattr(Builder, "create_masked_load", guarded_load)
+    monkeypatch.setattr(Builder, "create_masked_store", guarded_store)
 
 
 # Slot −1 is a padding row; lengths at, before and after page and block edges, one token, and one row to
@@ -125,9 +167,9 @@ DECODE_GEOMETRIES = [
 ]  # Hq, Hkv, D, page_tokens
 
 
-def decode_lists(lens, slots, page_tokens):
+def decode_lists(lens, slots, page_tokens, target_items=8):
     kv_lens = np.array([lens[slot] if slot >= 0 else 0 for slot in slots])
-    return plan_decode_attention(kv_lens, page_tokens=page_tokens, max_partials=16, target_items=8)
+    return plan_decode_attention(kv_lens, page_tokens=page_tokens, max_partials=16, target_items=target_items)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim", "page_tokens"), DECODE_GEOMETRIES)
@@ -178,6 +220,74 @@ def test_decode_of_large_scores(target):
     items = [(0, 0, 16, 0), (0, 16, 40, 1)]
     out, _, _ = run_decode(decode, q, cache, [1], items, [(0, 0, 2, 0)])
     assert_close(out, cache.attention(1, q, 39), q.dtype)
+
+
+# A program a pair of row and KV head, fewer, and more than there is work.
+GRIDS = {"wide": (1, 10**6), "narrow": (3, 0), "idle": (20, 0)}  # num_programs, MAX_PROGRAMS
+
+
+@pytest.mark.parametrize(("num_programs", "max_programs"), GRIDS.values(), ids=GRIDS)
+def test_decode_merges_several_rows_on_any_grid(target, num_programs, max_programs, monkeypatch):
+    monkeypatch.setattr(decode, "COMBINE_BLOCK", 2)
+    monkeypatch.setattr(decode, "MAX_PROGRAMS", max_programs)
+    lengths = [40, 30, 9]
+    cache = Cache.random(lengths, 2, 16, 8, target)
+    q = strided_queries(3, 4, 2, 16, target)
+    items, combine, first = [(2, 0, 9, -1)], [], 1
+    for row in (1, 0):
+        starts = range(0, lengths[row], 16)
+        items += [(row, start, min(start + 16, lengths[row]), first + i) for i, start in enumerate(starts)]
+        combine.append((row, first, len(starts), 0))
+        first += len(starts)
+    out, _, _ = run_decode(decode, q, cache, [0, 1, 2], items[::-1], combine, num_programs=num_programs)
+    expected = [cache.attention(slot, q[slot : slot + 1], length - 1) for slot, length in enumerate(lengths)]
+    assert_close(out, torch.cat(expected), q.dtype)
+
+
+# What may stand past the count of `items` and of `combine`: nonsense, or records of an earlier, larger step: rows that idle
+# now or that are past the batch, and partial results past the scratch.
+TAILS = {
+    "nonsense": (np.full((70, 4), 2**31 - 1), np.full((9, 4), 2**31 - 1)),
+    "stale": (
+        np.array([(1, 0, 64, -1), (6, 0, 400, 9), (0, 0, 640, 3), (200, 512, 900, 300)] * 18),
+        np.array([(1, 3, 2, 0), (6, 9, 5, 0), (200, 300, 40, 0)] * 3),
+    ),
+}
+
+
+@pytest.mark.parametrize(("grid", "tails"), [("wide", "stale"), ("narrow", "nonsense"), ("idle", "stale")])
+def test_decode_never_follows_what_stands_past_a_count(target, grid, tails, monkeypatch):
+    num_programs, max_programs = GRIDS[grid]
+    heads, kv_heads, head_dim, page_tokens = DECODE_GEOMETRIES[-1]
+    lengths = [40, 5, 1, 130, 33]  # by slot
+    monkeypatch.setattr(attention_plan, "MIN_CHUNK_TOKENS", 16)
+    monkeypatch.setattr(decode, "MAX_PROGRAMS", max_programs)
+    cache = Cache.random(lengths, kv_heads, head_dim, page_tokens, target)
+    q = strided_queries(len(SLOTS), heads, kv_heads, head_dim, target)
+    items, combine = decode_lists(lengths, SLOTS, page_tokens, target_items=12)
+    assert len(combine) == 2
+    guard_accesses(monkeypatch, decode)
+    out, partial, lse = run_decode(
+        decode, q, cache, SLOTS, items, combine, tails=TAILS[tails], num_programs=num_programs
+    )
+    for row, slot in enumerate(SLOTS):
+        if slot >= 0:
+            expected = cache.attention(slot, q[row : row + 1], lengths[slot] - 1)
+            assert_close(out[row], expected[0], q.dtype)
+        else:
+            assert out[row].isnan().all()
+    used = int(combine[:, 2].sum())
+    assert partial[used:].isnan().all() and lse[used:].isnan().all()
+
+
+def test_decode_with_lists_of_no_capacity(target):
+    cache = Cache.random([20], 2, 16, 8, target)
+    q = strided_queries(1, 4, 2, 16, target)
+    empty = np.empty((0, 4), np.int32)
+    out, _, _ = run_decode(decode, q, cache, [0], [], [], tails=(empty, empty))
+    assert out.isnan().all()
+    out, _, _ = run_decode(decode, q, cache, [0], [(0, 0, 20, -1)], [], tails=(empty, empty))
+    assert_close(out, cache.attention(0, q, 19), q.dtype)
 
 
 def test_decode_without_work_writes_nothing(target):
@@ -267,6 +377,43 @@ def test_both_can_be_captured_and_follow_the_lists(target=("cuda", torch.bfloat1
             cache.attention(slot, q[row : row + 1], lengths[slot] - 1) for row, slot in enumerate(order)
         ]
         assert_close(out, torch.cat(expected), q.dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("num_programs", [5, 264])
+def test_decode_starts_early_but_waits_for_what_is_written(num_programs, target=("cuda", torch.bfloat16)):
+    """The kernel ahead of decode rotates q and writes the last token of each row over NaN; the merge finds NaN
+    until decode has ended."""
+    lengths = [1, 16, 17, 64, 65, 300, 1000, 66]
+    rows = len(lengths)
+    cache = Cache.random(lengths, 2, 128, 16, target)
+    qkv = torch.randn(rows, 12 * 128, dtype=torch.bfloat16, device="cuda")
+    cos_sin = torch.tensor([0.6, 0.8], device="cuda").repeat_interleave(64).repeat(1000, 1)
+    slots = torch.arange(rows, dtype=torch.int32, device="cuda")
+    last = torch.tensor(lengths, dtype=torch.int32, device="cuda") - 1
+    pages = cache.pool.view(-1, LAYERS, 2, 2, 16, 128)
+    last_pages = cache.page_table[slots.long(), last.long() // 16].long()
+    pages[last_pages, LAYER, :, :, last.long() % 16] = float("nan")
+    items, combine = decode_lists(lengths, range(rows), 16)
+    assert len(combine) > 0
+    # On the device before the chain starts, or their copies would stand between its kernels.
+    item_list = (capped(items, "cuda"), length_of(items, "cuda"))
+    combine_list = (capped(combine, "cuda"), length_of(combine, "cuda"))
+    partial = poisoned(16, 8, 128, dtype=torch.float32, device="cuda")
+    lse = poisoned(16, 8, dtype=torch.float32, device="cuda")
+    out = poisoned(rows, 8 * 128, dtype=qkv.dtype, device="cuda")
+    q = qkv[:, : 8 * 128].view(rows, 8, 128)
+    rotary_write_kv_(qkv, cos_sin, last, slots, cache.page_table, cache.pool, num_heads=8, **cache.shape)
+    decode.paged_decode_attention(
+        q, cache.pool, cache.page_table, slots, *item_list, *combine_list, partial, lse, out,
+        **cache.shape, num_programs=num_programs,
+    )  # fmt: skip
+    new = qkv.view(rows, 12, 128)
+    for row, length in enumerate(lengths):
+        cache.keys[row][length - 1] = new[row, 8:10]
+        cache.values[row][length - 1] = new[row, 10:]
+        assert_close(out[row], cache.attention(row, q[row : row + 1], length - 1)[0], q.dtype)
 
 
 def test_a_wrong_argument_is_named(target):
@@ -368,3 +515,9 @@ def test_prefill_plan_is_exact():
 
 def test_prefill_block_fills_a_tile():
     assert [prefill_block_q(heads, 8) for heads in (8, 32, 40, 64)] == [128, 32, 16, 16]
+
+
+@pytest.mark.parametrize(("rows", "length"), [(4, 16_000), (32, 1_024), (5, 8_000), (1, 40_000)])
+def test_equal_rows_are_split_into_no_more_items_than_programs(rows, length):
+    items, _ = plan_decode_attention(np.full(rows, length), page_tokens=16, max_partials=512, target_items=66)
+    assert rows < len(items) <= 66
