@@ -64,6 +64,8 @@ class Model:
         self.num_heads = shape.heads_per_rank(config.tp)
         self.num_kv_heads = shape.kv_heads_per_rank(config.tp)
         self.max_rank = max_rank
+        device = buffers.pool.device
+        self._products = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.cos_sin = cos_sin_table(shape, config.max_model_len).to(buffers.pool.device)
         linears = shape.linear_shapes(config.tp)
         self.widths = tuple(tuple(linears[module][0] for module in group) for group in GROUPS)
@@ -99,8 +101,17 @@ class Model:
         """Return x · Wᵀ (+ bias) with each row's adapter added."""
         if not batch.with_lora:
             return F.linear(x, weight, bias)
-        bridge = self.lora_shrink(batch, layer, group, x)
-        y = F.linear(x, weight, bias)
+        if self._products is None:
+            bridge, y = self.lora_shrink(batch, layer, group, x), F.linear(x, weight, bias)
+        else:
+            # Side by side; the shrink stays in the main stream, where it starts under the kernel ahead. Both streams wait for each other
+            # at every product, so memory freed in one is free in the other.
+            main = torch.cuda.current_stream(x.device)
+            self._products.wait_stream(main)
+            bridge = self.lora_shrink(batch, layer, group, x)
+            with torch.cuda.stream(self._products):
+                y = F.linear(x, weight, bias)
+            main.wait_stream(self._products)
         self.lora_expand_(batch, layer, group, bridge, y)
         return y
 
