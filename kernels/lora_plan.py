@@ -38,6 +38,7 @@ HEADER_COLUMNS = 8
 SMALL_TILE = 16  # rows of a tile of a short segment
 RANK_BLOCK = 64  # most A rows of a shrink item
 SPLIT_UNIT = 256  # a part of `in` is a multiple of this many elements
+PART_START = 512
 COLUMN_UNIT = 256  # and the columns of an expand item of this many
 MOST_COLUMN_UNITS = 4
 
@@ -128,10 +129,13 @@ def _plan_items(
 
 
 def _parts_of(num_items: int, launch: LoraLaunch, width: int) -> tuple[int, int]:
-    """Return (elements of a part of `in`, parts) such that items times parts are at most one for each program, where that can be."""
-    wanted = min(launch.max_splits, max(1, launch.shrink_programs // max(1, num_items)))
-    split_k = -(-width // (wanted * SPLIT_UNIT)) * SPLIT_UNIT
-    return split_k, -(-width // split_k)
+    """Return (elements of a part of `in`, parts): what takes the programs the least time, a part's start costing PART_START elements."""
+    best = (float("inf"), SPLIT_UNIT, 1)
+    for parts in range(1, launch.max_splits + 1):
+        split_k = -(-width // (parts * SPLIT_UNIT)) * SPLIT_UNIT
+        waves = -(-num_items * -(-width // split_k) // launch.shrink_programs)
+        best = min(best, (waves * (split_k + PART_START), split_k, -(-width // split_k)))
+    return best[1], best[2]
 
 
 def _item_columns(num_tiles: int, launch: LoraLaunch, widths: Sequence[int]) -> int:
