@@ -57,8 +57,12 @@ def relative_error(out: torch.Tensor, expected: torch.Tensor) -> float:
     return error if error == error else float("inf")
 
 
+class WrongResultError(RuntimeError):
+    """A kernel's result is not the reference's."""
+
+
 def check_error(what: str, error: float) -> float:
-    """Return the relative error. Raises RuntimeError where it is too large."""
+    """Return the relative error. Raises WrongResultError where it is too large."""
     if not error < MAX_RELATIVE_ERROR:
-        raise RuntimeError(f"{what}: relative error {error:.2e}")
+        raise WrongResultError(f"{what}: relative error {error:.2e}")
     return error

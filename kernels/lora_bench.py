@@ -41,7 +41,7 @@ DEVICE, DTYPE = "cuda", torch.bfloat16
 def bench_lora(cases: Sequence[Case], *, quick: bool = False, log: Callable[[str], object] = print) -> dict:
     """Check and time every case; return {"rows": […], "layer": […], "mixed_ranks": None or the mixed batch beside the uniform one}.
 
-    quick: fewer replays. Raises RuntimeError if a result is wrong.
+    quick: fewer replays. Raises WrongResultError if a result is wrong.
     """
     rows, layers = [], []
     pools = itertools.groupby(cases, lambda case: pool_ranks(case, cases))
@@ -59,7 +59,8 @@ def bench_case(
     case: Case, weights: Weights, *, quick: bool, log: Callable[[str], object]
 ) -> tuple[list[dict], dict]:
     """Check and time one case; return its rows, three a group, and the row of the layer."""
-    rows, total = [], 0.0
+    rows: list[dict[str, Any]] = []
+    total = 0.0
     launches = [lora_launch_config(case.tokens, group) for group in range(NUM_GROUPS)]
     for group, launch in enumerate(launches):
         batch = Batch(case, weights, group, launch)
@@ -106,10 +107,10 @@ def pool_ranks(case: Case, cases: Sequence[Case]) -> tuple[int, ...]:
 class Weights:
     """Random adapters of given ranks, over so many layers that every group's weights exceed the cache."""
 
-    def __init__(self, ranks: Sequence[int]) -> None:
+    def __init__(self, ranks: Sequence[int], num_layers: int | None = None) -> None:
         self.num_adapters = len(ranks)
         smallest = sum(ranks) * 2 * min(sum(sum(LLAMA_8B[m]) for m in range(*group)) for group in GROUPS)
-        self.num_layers = -(-int(ROTATED_BYTES) // smallest)
+        self.num_layers = num_layers or -(-int(ROTATED_BYTES) // smallest)
         self.packed: PackedAdapters = pack_random(
             [[rank] * 7 for rank in ranks], num_layers=self.num_layers, dtype=DTYPE, device=DEVICE
         )

@@ -10,6 +10,7 @@ import importlib
 import itertools
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
@@ -34,7 +35,20 @@ MAX_PEER_ERROR = 3e-2  # some round the bridge to bf16
 DECODE_TOKENS = 256  # up to which a batch counts as decode for them, as in their own bench
 
 
-def load_peers(folder: str) -> ModuleType:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Peers:
+    """The peers' kernels as imported, and from where."""
+
+    folder: str
+    kernels: ModuleType
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """The versions of the engines."""
+        return dict(getattr(self.kernels, "VERSIONS", {}))
+
+
+def load_peers(folder: str) -> Peers:
     """Import the peers' kernels. Raises ValueError where the folder holds none, or they do not import."""
     if not (Path(folder) / PACKAGE / "__init__.py").is_file():
         raise ValueError(
@@ -42,13 +56,15 @@ def load_peers(folder: str) -> ModuleType:
         )
     sys.path.insert(0, str(Path(folder).resolve()))
     try:
-        return importlib.import_module(PACKAGE)
+        return Peers(folder=folder, kernels=importlib.import_module(PACKAGE))
     except Exception as error:
         raise ValueError(f"--peers {folder}: {_reason(error)}") from error
+    finally:
+        sys.path.pop(0)
 
 
 def bench_peers(
-    peers: ModuleType, cases: Sequence[Case], *, quick: bool = False, log: Callable[[str], object] = print
+    peers: Peers, cases: Sequence[Case], *, quick: bool = False, log: Callable[[str], object] = print
 ) -> list[dict]:
     """Time every peer on every case: rows of {peer, layer, the case, us, rel_err, reason}, us or reason null."""
     rows = []
@@ -80,7 +96,7 @@ def add_to_layers(layers: list[dict], rows: list[dict]) -> None:
 
 
 def bench_group(
-    peers: ModuleType,
+    peers: Peers,
     case: Case,
     ranks: Sequence[int],
     group: int,
@@ -89,10 +105,12 @@ def bench_group(
     num_sets: int | None = None,
 ) -> list[dict]:
     """Check and time every peer on one group of one case. num_sets: weight sets instead of those that fill ROTATED_BYTES."""
+    batch: PeerBatch | None = None
+    reason: str | None = None
     try:
         batch = PeerBatch(peers, case, ranks, group, num_sets)
     except Exception as error:  # such as no memory for the padded ranks
-        batch, reason = None, _reason(error)
+        reason = _reason(error)
     rows = []
     for name, (peer, options) in PEERS.items():
         row = {"peer": name, "layer": GROUP_NAMES[group], **case.shape, "us": None, "rel_err": None}
@@ -110,9 +128,9 @@ class PeerBatch:
     """One group of one case for every peer: weight sets, and the slots of the tokens for each first adapter."""
 
     def __init__(
-        self, peers: ModuleType, case: Case, ranks: Sequence[int], group: int, num_sets: int | None
+        self, peers: Peers, case: Case, ranks: Sequence[int], group: int, num_sets: int | None
     ) -> None:
-        self.peers, self.case = peers, case
+        self.kernels, self.case = peers.kernels, case
         modules = range(*GROUPS[group])
         width, widths = LLAMA_8B[modules[0]][0], [LLAMA_8B[m][1] for m in modules]
         row_bytes = 2 * sum(sum(LLAMA_8B[m]) for m in modules)
@@ -125,18 +143,18 @@ class PeerBatch:
         # They serve ranks that are powers of two; others are padded.
         padded = max(8, 1 << (max(ranks) - 1).bit_length())
         self.weights = [
-            peers.random_weights(
+            self.kernels.random_weights(
                 len(ranks), padded, width, widths, dtype=DTYPE, device=DEVICE, ranks=ranks, scalings=[0.5] * len(ranks), seed=seed
             )
             for seed in range(-(-self.num_sets // len(self.slots)))
         ]  # fmt: skip
         self.x = torch.randn(case.tokens, width, device=DEVICE).to(DTYPE)
         self.y = torch.randn(case.tokens, sum(widths), device=DEVICE).to(DTYPE)
-        self.expected = peers.reference(self.x, self.weights[0], self.slots[0], self.y)
+        self.expected = self.kernels.reference(self.x, self.weights[0], self.slots[0], self.y)
 
     def measure(self, peer: str, options: dict[str, object], replays: int) -> dict[str, float]:
         """Return the error and the time of one call. Raises whatever the peer raises, RuntimeError where it is wrong."""
-        peers = self.peers
+        peers = self.kernels
         packed = [peers.pack(peer, weights) for weights in self.weights]
         phase = "decode" if self.case.tokens <= DECODE_TOKENS else "prefill"
         plans = [peers.plan(peer, packed[0], slots, phase, **options) for slots in self.slots]
