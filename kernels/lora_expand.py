@@ -190,7 +190,8 @@ def expand_large_tile(
 ):  # fmt: skip
     """Add h · B to many rows, which are most of the bytes here.
 
-    Triton loads ahead only what a product reads, so y goes through a product with the identity, which changes no bit of it.
+    Triton loads ahead only what a product reads, so y goes through a product with the identity, which changes no bit of it as long as all
+    of the tile's rows are finite: an infinity or NaN in one row makes its column NaN in the tile's other rows too.
     """
     column = tl.arange(0, BLOCK_N)
     wait_for_predecessors(PDL)
