@@ -112,7 +112,10 @@ def activation_bytes(config: ServingConfig, model: ModelShape) -> int:
     row = (outs + ins + 5 * model.hidden_size) * config.itemsize_bytes
     logits = min(config.max_num_seqs, tokens) * model.vocab_size * (config.itemsize_bytes + 4)
     partials = ATTENTION_PARTIAL_ROWS * model.heads_per_rank(config.tp) * (model.head_dim + 1) * 4
-    bridge = 3 * 256 * 4 * max(8 * tokens, 28 * 128)  # splits × rows × the ranks of a group × fp32
+    planes = max(
+        16 * min(tokens, 1024), 4 * tokens
+    )  # parts × rows, the most that kernels/lora_launch.py asks for up to these tokens
+    bridge = planes * 3 * 256 * 4  # the ranks of a group × fp32
     return tokens * row + logits + partials + bridge
 
 
