@@ -112,11 +112,15 @@ def activation_bytes(config: ServingConfig, model: ModelShape) -> int:
     row = (outs + ins + 5 * model.hidden_size) * config.itemsize_bytes
     logits = min(config.max_num_seqs, tokens) * model.vocab_size * (config.itemsize_bytes + 4)
     partials = ATTENTION_PARTIAL_ROWS * model.heads_per_rank(config.tp) * (model.head_dim + 1) * 4
-    planes = max(
-        16 * min(tokens, 1024), 4 * tokens
-    )  # parts × rows, the most that kernels/lora_launch.py asks for up to these tokens
-    bridge = planes * 3 * 256 * 4  # the ranks of a group × fp32
-    return tokens * row + logits + partials + bridge
+    return tokens * row + logits + partials + lora_bridge_bytes(tokens)
+
+
+def lora_bridge_bytes(tokens: int) -> int:
+    """Return the bytes of LoRA's partial sums in steps of up to `tokens` tokens: parts of the input × rows × the ranks of a group, fp32.
+
+    16 parts up to 1,024 tokens and 4 beyond are the most that kernels/lora_launch.py asks for.
+    """
+    return max(16 * min(tokens, 1024), 4 * tokens) * 3 * 256 * 4
 
 
 def geometry_of(config: ServingConfig, model: ModelShape) -> PageGeometry:
