@@ -188,22 +188,18 @@ def expand_large_tile(
     y_rows, in_tile, bridge, stride_plane, splits, h_at, keep, live, scale, b_rows, n_first, n_count, width,
     BLOCK_N: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Add h · B to many rows, which are most of the bytes here.
-
-    Triton loads ahead only what a product reads, so y goes through a product with the identity, which changes no bit of it as long as all
-    of the tile's rows are finite: an infinity or NaN in one row makes its column NaN in the tile's other rows too.
-    """
+    """Add h · B to many rows, which are most of the bytes here; y is loaded a block ahead."""
     column = tl.arange(0, BLOCK_N)
     wait_for_predecessors(PDL)
     h = (scale * sum_planes(bridge, stride_plane, splits, h_at, keep, live)).to(b_rows.dtype.element_ty)
-    row = tl.arange(0, h_at.shape[0])
-    identity = (row[:, None] == row[None, :]).to(h.dtype)
+    base = load_y(y_rows, in_tile, n_first + column, width, EVEN)
     for sub in tl.range(0, n_count, BLOCK_N, num_stages=STAGES):
         n = n_first + sub + column
-        base = load_y(y_rows, in_tile, n, width, EVEN)
         b = load_b(b_rows, live, n, width, EVEN)
-        out = tl.dot(h, b, tl.dot(identity, base, input_precision="ieee"), input_precision="ieee")
+        next_base = load_y(y_rows, in_tile & (sub + BLOCK_N < n_count), n + BLOCK_N, width, EVEN)
+        out = base.to(tl.float32) + tl.dot(h, b, input_precision="ieee")
         store_y(y_rows, in_tile, n, width, out.to(base.dtype), EVEN)
+        base = next_base
 
 
 @triton.jit

@@ -39,6 +39,7 @@ RANKS = (
     (0, 0, 0, 0, 0, 0, 8),
     (64, 8, 3, 17, 0, 64, 1),
     (0, 256, 0, 64, 256, 0, 17),
+    (65, 128, 100, 72, 96, 127, 80),
 )
 BASE = -1  # slot of rows without adapter
 NUM_LAYERS = 2
@@ -118,6 +119,18 @@ class Batch:
         )  # fmt: skip
         return x, before, bridge, y
 
+    def apply(self, group, x, y, layer=0, num_programs=5):
+        """Return y with the update of x."""
+        bridge, y = self.poisoned_bridge(), y.clone()
+        common = dict(
+            group=group, layer=layer, tile_tokens=self.launch.tile_tokens, num_programs=num_programs
+        )
+        lora_shrink(x, self.packed.pool, self.headers, self.items, bridge, **common)
+        return lora_expand_(
+            y, bridge, self.scales, self.packed.pool, self.tiles, self.num_tiles, self.headers,
+            widths=self.widths(group), **common,
+        )  # fmt: skip
+
     def dense(self, group, layer, x, before):
         """Expected y in fp32 by dense matrices, and which rows have an adapter."""
         y, adapted, row = before.float().cpu().clone(), torch.zeros(self.tokens, dtype=torch.bool), 0
@@ -161,7 +174,7 @@ class Batch:
         return False
 
 
-MIX = [(0, 1), (1, 5), (BASE, 3), (2, 1), (3, 0), (4, 17), (BASE, 1), (5, 2), (4, 1)]
+MIX = [(0, 1), (1, 5), (BASE, 3), (2, 1), (3, 0), (4, 17), (BASE, 1), (5, 2), (4, 1), (6, 3)]
 
 
 @pytest.mark.parametrize(
@@ -182,10 +195,47 @@ def test_the_reference_against_dense_matrices(target, group):
 
 @pytest.mark.parametrize("shapes", [ODD, ROUND], ids=["odd", "round"])
 def test_large_tiles_beside_small_ones(target, shapes):
-    segments = [(2, 66), (BASE, 2), (4, 3), (1, 1), (0, 20), (5, 40)]
+    segments = [(2, 66), (BASE, 2), (4, 3), (1, 1), (0, 20), (5, 40), (6, 18)]
     batch = Batch(target, segments, launch=launch_of(tile_tokens=32), shapes=shapes)
     for group in range(4):
         batch.check(group, 0, shrink=ShrinkTuning(large_block_k=32))
+
+
+@pytest.mark.parametrize("tile_tokens", [16, 32])
+@pytest.mark.parametrize("where", ["input", "output"])
+def test_a_row_that_is_not_finite_touches_no_other_row(target, tile_tokens, where):
+    batch = Batch(target, [(2, 30), (4, 9), (5, 1)], launch=launch_of(tile_tokens=tile_tokens), shapes=ROUND)
+    bad = (0, 7, 33, 39)
+    for group in (0, 3):
+        x = batch.normal(batch.tokens, batch.shapes[GROUPS[group][0]][0])
+        y = batch.normal(batch.tokens, sum(batch.widths(group)))
+        spoiled = [x.clone(), y.clone()]
+        for row, value in zip(bad, (float("nan"), float("inf"), float("-inf"), float("nan")), strict=True):
+            spoiled[where == "output"][row] = value
+        clean, dirty = batch.apply(group, x, y), batch.apply(group, *spoiled)
+        good = [row for row in range(batch.tokens) if row not in bad]
+        assert torch.equal(clean[good], dirty[good])
+        assert not dirty[list(bad)].isfinite().any(dim=1).all()
+
+
+def test_a_whole_step_of_8192_tokens(target):
+    """Sixty-four adapters of every rank in one step as large as a step can be."""
+    if target[0] == "cpu":
+        counts, tokens = [1, 33, 7], 120  # the interpreter takes minutes for more
+    else:
+        counts, tokens = [1, 2, 15, 16, 17, 33, 64, 500, 1, 31, 3, 900], 8192
+    segments, left = [], tokens
+    for number in range(64):
+        count = min(left, counts[number % len(counts)])
+        segments.append((BASE if number % 7 == 6 else number % len(RANKS), count))
+        left -= count
+    segments.append((5, left))
+    for group in range(4):
+        launch = lora_launch_config(tokens, group)
+        batch = Batch(target, segments, launch=launch, shapes=ROUND, padding=0)
+        assert batch.tokens == tokens
+        programs = launch.shrink_programs if target[0] == "cuda" else 4
+        batch.check(group, 1, num_programs=programs, shrink=launch.shrink, expand=launch.expand)
 
 
 @pytest.mark.parametrize(("programs", "parts"), [(1, 1), (100, 3)])
