@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields, replace
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -13,7 +15,8 @@ LoraSharding = Literal["replicated", "block_diagonal", "slora", "slora_published
 Merge = Literal["never", "hot", "dynamic"]
 Backend = Literal["triton", "reference"]
 Dtype = Literal["bfloat16", "float16", "float32"]
-SchedulerPolicy = Literal["fcfs"]
+SchedulerPolicy = Literal["fcfs", "clustered", "fair", "slo"]
+AdapterEviction = Literal["lru", "gdsf"]
 RouterPolicy = Literal["round_robin", "least_loaded", "adapter_affinity"]
 Placement = Literal["everywhere"]
 
@@ -26,6 +29,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "backend": get_args(Backend),
     "dtype": get_args(Dtype),
     "scheduler": get_args(SchedulerPolicy),
+    "adapter_eviction": get_args(AdapterEviction),
     "router": get_args(RouterPolicy),
     "placement": get_args(Placement),
 }
@@ -42,8 +46,19 @@ _INTEGERS: dict[str, tuple[int, int | None]] = {
     "page_tokens": (1, 1024),
     "num_pages": (1, None),
     "graph_max_tokens": (0, 8192),
+    "adapter_pool_pages": (1, None),
+    "max_adapter_rank": (1, 256),
+    "max_adapters": (1, 1_000_000),
 }
-_OPTIONAL = {"max_adapters_per_step", "host_memory_bytes", "num_pages"}
+_OPTIONAL = {
+    "max_adapters_per_step",
+    "host_memory_bytes",
+    "num_pages",
+    "adapter_pool_pages",
+    "max_adapter_rank",
+    "max_adapters",
+    "ttft_slo_s",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +73,13 @@ class ServingConfig:
     host_memory_bytes: bound of the pinned adapter store; None is no bound.
     num_pages: size of the pool in pages; None takes what `gpu_memory_utilization` leaves.
     graph_max_tokens: steps of at most so many tokens run as CUDA graphs.
+    prefix_caching: keep the KV pages of prompts for later requests of the same adapter that start alike.
+    adapter_eviction: which idle adapter goes first: lru, the least recently used, or gdsf, the least popular for its size, with ageing.
+    adapter_pool_pages: pages fenced off for adapters, the rest for KV alone; None is one pool for both.
+    ttft_slo_s: what the scheduler `slo` holds first tokens to; it turns away what would be later.
+    adapter_weights: shares of the scheduler `fair` by adapter; one that is not named has 1.
+    max_adapter_rank: largest rank that may be registered while serving; None is that of the adapters given at the start.
+    max_adapters: most adapters on the GPU at a time while serving; None is those given at the start.
 
     Raises UserError naming field, value and bound.
     """
@@ -81,6 +103,13 @@ class ServingConfig:
     page_tokens: int = 16
     num_pages: int | None = None
     graph_max_tokens: int = 1024
+    prefix_caching: bool = True
+    adapter_eviction: AdapterEviction = "lru"
+    adapter_pool_pages: int | None = None
+    ttft_slo_s: float | None = None
+    adapter_weights: Mapping[str, float] = field(default_factory=dict, hash=False)
+    max_adapter_rank: int | None = None
+    max_adapters: int | None = None
     backend: Backend = "triton"
     dtype: Dtype = "bfloat16"
 
@@ -101,6 +130,19 @@ class ServingConfig:
             or not 0 < utilization <= 1
         ):
             raise UserError(f"config: gpu_memory_utilization={utilization!r} must be in (0, 1]")
+        if not isinstance(self.prefix_caching, bool):
+            raise UserError(f"config: prefix_caching={self.prefix_caching!r} must be true or false")
+        if self.ttft_slo_s is not None and not _is_positive(self.ttft_slo_s):
+            raise UserError(f"config: ttft_slo_s={self.ttft_slo_s!r} must be a number above 0")
+        if self.scheduler == "slo" and self.ttft_slo_s is None:
+            raise UserError("config: scheduler='slo' needs ttft_slo_s")
+        if not isinstance(self.adapter_weights, Mapping):
+            raise UserError(
+                f"config: adapter_weights={self.adapter_weights!r} must be an object of adapter: weight"
+            )
+        for name, weight in self.adapter_weights.items():
+            if not _is_positive(weight):
+                raise UserError(f"config: adapter_weights[{name!r}]={weight!r} must be a number above 0")
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise UserError(
                 f"config: max_num_batched_tokens={self.max_num_batched_tokens} must be at least "
@@ -130,7 +172,7 @@ class ServingConfig:
             raise UserError(
                 f"{source}: a serving configuration must be a JSON object, got {type(data).__name__}"
             )
-        known = {field.name for field in fields(cls)}
+        known = {item.name for item in fields(cls)}
         unknown = sorted(set(data) - known)
         if unknown:
             raise UserError(f"{source}: unknown key {unknown[0]!r}; known keys: {', '.join(sorted(known))}")
@@ -156,3 +198,9 @@ def _check_integer(name: str, value: Any, low: int, high: int | None) -> None:
     if value < low or (high is not None and value > high):
         bound = f"at least {low}" if high is None else f"in {low}..{high}" if low != high else f"{low}"
         raise UserError(f"config: {name}={value} must be {bound}")
+
+
+def _is_positive(value: Any) -> bool:
+    return (
+        isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+    )

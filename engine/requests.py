@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """prompt_tokens and output_tokens are counts; output_tokens is the most that may be generated; adapter None is the base model."""
+    """prompt_tokens and output_tokens are counts; output_tokens is the most that may be generated; adapter None is the base model.
+
+    page_keys: what is in each full page of the prompt, in order: equal keys mean equal tokens from the prompt's start to that page's end,
+    under the same adapter (engine/prefix_keys.py makes them). None: nothing is known of it, and nothing is shared.
+    """
 
     request_id: int | str
     arrival_s: float
     prompt_tokens: int
     output_tokens: int
     adapter: str | None = None
+    page_keys: tuple[Hashable, ...] | None = None

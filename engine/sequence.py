@@ -22,6 +22,7 @@ class Sequence:
     """A request with its state. `slot` indexes the engine's per-sequence tables while it runs.
 
     prefill_tokens: tokens to compute before it decodes: the prompt, and after a preemption what it had generated too.
+    cached_tokens: tokens whose KV was found in the prefix cache when it was last admitted; its prefill starts behind them.
     generated: tokens planned so far, exact unless it decodes; `Scheduler.planned_tokens` is exact always.
     join_tick, finish_tick, page_key: set by the decode set while it decodes.
     """
@@ -33,6 +34,7 @@ class Sequence:
     slot: int = -1
     pages: list[int] = field(default_factory=list)
     prefilled: int = 0
+    cached_tokens: int = 0
     generated: int = 0
     preemptions: int = 0
     admitted_s: float | None = None
