@@ -1,36 +1,68 @@
 """The page accounts of the unified pool: which pages are free, who shares the others. No memory is touched here.
 
-KV cache and adapter weights take pages from one index space. Pages are reference-counted, so that KV prefixes can be shared.
+KV cache and adapter weights take pages from one index space. Pages are reference-counted, so that KV prefixes can be shared. A page that nobody
+holds may still be *kept* for what is in it:
+
+    cold   counts as free, and is taken, oldest first, when no plain free page is left
+    warm   was wanted again before; it counts as taken until `cool` says otherwise
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 
 
 class PagePool:
-    """Pages 0 … num_pages − 1, each free or held by one or more owners."""
+    """Pages `first` … `first + num_pages` − 1, each free, kept or held by one or more owners.
 
-    def __init__(self, num_pages: int) -> None:
+    on_reuse: called with a kept page whose contents are about to go.
+    """
+
+    def __init__(
+        self, num_pages: int, *, first: int = 0, on_reuse: Callable[[int], None] = lambda _page: None
+    ) -> None:
         if num_pages < 1:
             raise ValueError(f"num_pages={num_pages} must be at least 1")
         self.num_pages = num_pages
-        # A stack: the page freed last is taken first; a fresh pool hands out 0, 1, 2, …
-        self._free = list(range(num_pages - 1, -1, -1))
-        self._references = [0] * num_pages
+        self.on_reuse = on_reuse
+        self._first = first
+        # A stack: the page freed last is taken first; a fresh pool hands out first, first + 1, first + 2, …
+        self._free = list(range(first + num_pages - 1, first - 1, -1))
+        self._references = [0] * (first + num_pages)
+        self._worth: dict[
+            int, bool
+        ] = {}  # pages to keep when nobody holds them -> whether they go to the warm ones
+        self._cold: OrderedDict[int, None] = OrderedDict()  # oldest first
+        self._warm: OrderedDict[int, int] = OrderedDict()  # oldest first -> when it became idle
+        self._clock: Callable[[], int] = lambda: 0
 
     @property
     def num_free(self) -> int:
-        return len(self._free)
+        """Pages that `allocate` can take, cold ones included."""
+        return len(self._free) + len(self._cold)
 
     @property
     def num_used(self) -> int:
-        return self.num_pages - len(self._free)
+        """Pages that somebody holds."""
+        return self.num_pages - len(self._free) - len(self._cold) - len(self._warm)
+
+    @property
+    def num_warm(self) -> int:
+        return len(self._warm)
+
+    @property
+    def num_kept(self) -> int:
+        """Pages that nobody holds and whose contents may be wanted again."""
+        return len(self._cold) + len(self._warm)
 
     def allocate(self, count: int) -> list[int]:
         """Take `count` free pages, each with one reference. Raises ValueError if fewer are free: callers look first."""
         if count > len(self._free):
-            raise ValueError(f"{count} pages wanted, {len(self._free)} free")
+            if count > self.num_free:
+                raise ValueError(f"{count} pages wanted, {self.num_free} free")
+            self._empty_cold(count - len(self._free))
         if count == 0:
             return []
         pages = self._free[-count:]
@@ -40,31 +72,98 @@ class PagePool:
             self._references[page] = 1
         return pages
 
+    def _empty_cold(self, count: int) -> None:
+        for _ in range(count):
+            page, _none = self._cold.popitem(last=False)
+            self._forget(page)
+
+    def _forget(self, page: int) -> None:
+        """Free a page that nobody holds, contents and all."""
+        del self._worth[page]
+        self.on_reuse(page)
+        self._free.append(page)
+
     def share(self, pages: Iterable[int]) -> None:
-        """Add one reference to pages that are held."""
+        """Add one reference to pages that are held or kept."""
         for page in pages:
             if self._references[page] == 0:
-                raise ValueError(f"page {page} is free and cannot be shared")
+                if page not in self._worth:
+                    raise ValueError(f"page {page} is free and cannot be shared")
+                if self._warm.pop(page, None) is None:
+                    del self._cold[page]
             self._references[page] += 1
 
-    def release(self, pages: Iterable[int]) -> None:
-        """Drop one reference of each page; a page without references is free."""
-        for page in pages:
+    def release(self, pages: Sequence[int]) -> None:
+        """Drop one reference of each page, the last first; a page without references is kept where it is worth it, else free."""
+        for page in reversed(pages):
             count = self._references[page]
             if count == 0:
                 raise ValueError(f"page {page} is released twice")
             self._references[page] = count - 1
-            if count == 1:
+            if count > 1:
+                continue
+            warm = self._worth.get(page)
+            if warm is None:
                 self._free.append(page)
+            elif warm:
+                self._warm[page] = self._clock()
+            else:
+                self._cold[page] = None
+
+    # ---- what is worth keeping ----
+
+    def keep(self, page: int, *, warm: bool = False) -> None:
+        """Say that a held page's contents are worth keeping when nobody holds it; `warm`: more so than a cold one's."""
+        self._worth[page] = warm
+
+    def is_idle(self, page: int) -> bool:
+        """Whether nobody holds a page."""
+        return self._references[page] == 0
+
+    def is_warm(self, page: int) -> bool:
+        """Whether a page is idle and warm."""
+        return page in self._warm
+
+    @property
+    def oldest_warm_at(self) -> int | None:
+        """When the warm page that is idle for longest became so; None where there is none."""
+        return next(iter(self._warm.values()), None)
+
+    def set_clock(self, clock: Callable[[], int]) -> None:
+        """Take the clock by which warm pages are told from when on they are idle."""
+        self._clock = clock
+
+    def cool_oldest(self) -> None:
+        """Make the oldest warm page the newest cold one."""
+        page, _at = self._warm.popitem(last=False)
+        self._worth[page] = False
+        self._cold[page] = None
+
+    def demote(self, page: int) -> None:
+        """Make a kept page cold, and an idle one the next to go."""
+        self._worth[page] = False
+        if self._references[page]:
+            return
+        self._warm.pop(page, None)
+        self._cold[page] = None
+        self._cold.move_to_end(page, last=False)
+
+    # ---- integrity ----
 
     def check_integrity(self, holders: Iterable[Iterable[int]] | None = None) -> None:
-        """Raise AssertionError unless every page is free exactly once or referenced as often as `holders` hold it."""
-        free = set(self._free)
-        assert len(free) == len(self._free), "a page is twice in the free list"
-        for page, count in enumerate(self._references):
+        """Raise AssertionError unless every page is free exactly once, kept exactly once, or referenced as often as `holders` hold it."""
+        idle = list(chain(self._free, self._cold, self._warm))
+        assert len(set(idle)) == len(idle), "a page is free twice"
+        free = set(idle)
+        for page in range(self._first, self._first + self.num_pages):
+            count = self._references[page]
             assert (count == 0) == (page in free), f"page {page}: {count} references, free: {page in free}"
+        assert all(page in self._worth for page in chain(self._cold, self._warm)), (
+            "a kept page is worth nothing"
+        )
+        assert not any(page in self._worth for page in self._free), "a free page is worth keeping"
         if holders is not None:
-            held = [0] * self.num_pages
+            held = [0] * len(self._references)
             for pages in holders:
                 for page in pages:
                     held[page] += 1

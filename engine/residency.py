@@ -1,15 +1,16 @@
 """Which adapters are on the GPU: a cache over the page pool, not a table of slots.
 
-An adapter is absent, loading or resident. Idle residents stay until their pages are wanted, then the least recently used goes first.
+An adapter is absent, loading or resident. Idle residents stay until their pages are wanted; which goes first, `engine/idle_order.py` says.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 
+from engine.config import AdapterEviction
+from engine.idle_order import IdleOrder, new_idle_order
 from engine.pool import PagePool
 
 
@@ -40,17 +41,32 @@ class ResidentAdapter:
     users: int = 0
     load_started_s: float = 0.0
     load_finished_s: float = 0.0
+    idle_at: int = 0
 
 
 class Residency:
-    """Owns the pages of adapters. Users are running requests; an adapter without users is idle and can be evicted."""
+    """Owns the pages of adapters. Users are running requests; an adapter without users is idle and can be evicted.
 
-    def __init__(self, pool: PagePool, footprints: Mapping[str, AdapterFootprint]) -> None:
+    max_adapters: most that hold pages at a time. on_evict: called with the name of each adapter that leaves.
+    """
+
+    def __init__(
+        self,
+        pool: PagePool,
+        footprints: Mapping[str, AdapterFootprint],
+        *,
+        max_adapters: int | None = None,
+        eviction: AdapterEviction = "lru",
+        on_evict: Callable[[str], None] = lambda _name: None,
+    ) -> None:
         self._pool = pool
-        self.footprints = footprints
+        self.footprints = dict(footprints)
+        self._max_adapters = max_adapters
+        self._on_evict = on_evict
         self._held: dict[str, ResidentAdapter] = {}
-        self._idle: OrderedDict[str, ResidentAdapter] = OrderedDict()  # least recently used first
+        self._idle: IdleOrder = new_idle_order(eviction)
         self._idle_pages = 0
+        self._ticks = 0
         self.pages_held = 0
         self._free_slots: list[int] = []
         self._next_slot = 0
@@ -65,22 +81,37 @@ class Residency:
     def get(self, name: str) -> ResidentAdapter:
         return self._held[name]
 
+    def tick(self) -> int:
+        """Return the next instant of the clock by which idle adapters and idle KV pages are compared."""
+        self._ticks += 1
+        return self._ticks
+
     @property
     def evictable_pages(self) -> int:
         return self._idle_pages
 
     def evictable_pages_without(self, name: str | None) -> int:
         """Return the pages of idle adapters other than `name`."""
-        adapter = self._idle.get(name) if name is not None else None
-        return self._idle_pages - (len(adapter.pages) if adapter is not None else 0)
+        if name is None or name not in self._idle:
+            return self._idle_pages
+        return self._idle_pages - len(self._held[name].pages)
 
     def evictable_pages_but(self, names: Container[str | None]) -> int:
         """Return the pages of idle adapters that are not in `names`."""
-        return sum(len(adapter.pages) for name, adapter in self._idle.items() if name not in names)
+        return sum(len(self._held[name].pages) for name in self._idle.names() if name not in names)
 
     def idle_names(self) -> Iterator[str]:
-        """Yield idle adapters, least recently used first."""
-        return iter(self._idle)
+        """Yield idle adapters in the order in which they would be evicted."""
+        return self._idle.names()
+
+    def next_victim(self, keep: Container[str | None] = ()) -> ResidentAdapter | None:
+        """Return the idle adapter not in `keep` that would be evicted next."""
+        return next((self._held[name] for name in self._idle.names() if name not in keep), None)
+
+    @property
+    def full(self) -> bool:
+        """Whether as many adapters hold pages as may."""
+        return self._max_adapters is not None and len(self._held) >= self._max_adapters
 
     def start_load(self, name: str, now_s: float) -> ResidentAdapter:
         """Take pages for an absent adapter; the pages must be free. Its load ends with `finish_load`."""
@@ -116,7 +147,7 @@ class Residency:
         if adapter.state is not AdapterState.RESIDENT:
             raise ValueError(f"adapter {name} is {adapter.state.value}, not resident")
         if adapter.users == 0:
-            del self._idle[name]
+            self._idle.remove(name)
             self._idle_pages -= len(adapter.pages)
         adapter.users += 1
         return adapter
@@ -131,38 +162,40 @@ class Residency:
             self._make_idle(adapter)
 
     def touch(self, name: str) -> None:
-        """Make an idle adapter the most recently used one."""
+        """Note that an idle adapter will be used soon."""
         if name in self._idle:
-            self._idle.move_to_end(name)
+            self._held[name].idle_at = self.tick()
+            self._idle.touch(name)
 
-    def evict(self, pages_wanted: int, *, keep: Callable[[str], bool] | None = None) -> list[str]:
-        """Evict idle adapters, least recently used first, until the pool has `pages_wanted` free pages or none is left.
+    def load_failed(self, name: str) -> None:
+        """Give back what a load that cannot end had taken."""
+        if self._held[name].state is not AdapterState.LOADING:
+            raise ValueError(f"adapter {name} is {self._held[name].state.value}, not loading")
+        self.num_loading -= 1
+        self._let_go(self._held.pop(name))
 
-        keep: names for which it is true stay. Returns the names evicted.
-        """
-        evicted: list[str] = []
-        if self._pool.num_free >= pages_wanted:
-            return evicted
-        for name in list(self._idle):
-            if keep is not None and keep(name):
-                continue
-            self._drop(self._idle.pop(name))
-            evicted.append(name)
-            if self._pool.num_free >= pages_wanted:
-                break
-        return evicted
+    def drop(self, name: str) -> None:
+        """Evict one idle adapter."""
+        adapter = self._held.pop(name)
+        self._idle.remove(name)
+        self._idle_pages -= len(adapter.pages)
+        self._let_go(adapter)
+        self.evictions += 1
+        self._on_evict(name)
+
+    def is_idle(self, name: str) -> bool:
+        """Whether an adapter is on the GPU and nobody uses it."""
+        return name in self._idle
 
     def _make_idle(self, adapter: ResidentAdapter) -> None:
-        self._idle[adapter.name] = adapter
+        adapter.idle_at = self.tick()
+        self._idle.add(adapter.name, len(adapter.pages))
         self._idle_pages += len(adapter.pages)
 
-    def _drop(self, adapter: ResidentAdapter) -> None:
-        self._idle_pages -= len(adapter.pages)
+    def _let_go(self, adapter: ResidentAdapter) -> None:
         self.pages_held -= len(adapter.pages)
         self._pool.release(adapter.pages)
         self._free_slots.append(adapter.slot)
-        del self._held[adapter.name]
-        self.evictions += 1
 
     def holders(self) -> Iterator[list[int]]:
         """Yield the pages of each adapter that holds any."""
@@ -183,4 +216,5 @@ class Residency:
                 f"adapter {name}: {adapter.users} users, idle: {name in self._idle}"
             )
         assert self.pages_held == sum(len(a.pages) for a in self._held.values())
-        assert self._idle_pages == sum(len(a.pages) for a in self._idle.values())
+        assert self._idle_pages == sum(len(self._held[name].pages) for name in self._idle.names())
+        assert self._max_adapters is None or len(self._held) <= self._max_adapters

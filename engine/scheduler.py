@@ -6,16 +6,19 @@ step n+1 may be planned before step n completes.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 
+from engine.config import AdapterEviction, SchedulerPolicy
 from engine.decode_set import DecodeSet
 from engine.pool import PagePool
+from engine.queues import new_queue
 from engine.requests import Request
 from engine.residency import AdapterFootprint, AdapterState, Residency
 from engine.sequence import Phase, Sequence
 from engine.step import Load, PrefillChunk, Step, StepShape
+from engine.step_shape import shape_of
+from engine.unified_pool import UnifiedPool
 
 MAX_LOADS_IN_FLIGHT = 8
 LOOKAHEAD_REQUESTS = 64  # so many waiting requests are looked at for admission and prefetch
@@ -31,6 +34,13 @@ class SchedulerLimits:
     max_model_len: int
     page_tokens: int
     max_adapters_per_step: int | None = None
+    max_adapters: int | None = None
+    policy: SchedulerPolicy = "fcfs"
+    ttft_slo_s: float | None = None
+    adapter_weights: Mapping[str, float] = field(default_factory=dict, hash=False)
+    adapter_eviction: AdapterEviction = "lru"
+    adapter_pool_pages: int | None = None
+    prefix_caching: bool = True
 
 
 class RefusedError(ValueError):
@@ -38,21 +48,33 @@ class RefusedError(ValueError):
 
 
 class Scheduler:
-    """First come, first served, with chunked prefill mixed with decodes.
+    """Chunked prefill mixed with decodes; who is served first, the policy's queue says (engine/queues.py).
 
-    Every decoding sequence is in every step; prompts fill what `max_num_batched_tokens` leaves, in order of arrival. A request is admitted
-    when its adapter is resident and its prompt's pages can be had; only the adapter's own requests wait for a load. Out of pages: idle
-    adapters are evicted, then the youngest sequence is preempted and later computed again.
+    Every decoding sequence is in every step; prompts fill what `max_num_batched_tokens` leaves, in order of admission. A request is admitted
+    when its adapter is resident and its prompt's pages can be had; only the adapter's own requests wait for a load. Out of pages: what is kept
+    for later is evicted (engine/unified_pool.py), then the youngest sequence is preempted and later computed again.
     """
 
     def __init__(
         self, limits: SchedulerLimits, num_pages: int, footprints: Mapping[str, AdapterFootprint]
     ) -> None:
         self.limits = limits
-        self.pool = PagePool(num_pages)
-        self.residency = Residency(self.pool, footprints)
+        self.memory = UnifiedPool(
+            num_pages,
+            footprints,
+            adapter_pages=limits.adapter_pool_pages,
+            max_adapters=limits.max_adapters,
+            eviction=limits.adapter_eviction,
+            prefix_caching=limits.prefix_caching,
+        )
+        self.queue = new_queue(
+            limits.policy, ttft_slo_s=limits.ttft_slo_s, adapter_weights=limits.adapter_weights
+        )
         self.preemptions = 0
-        self._waiting: deque[Sequence] = deque()
+        self._refused: list[tuple[Sequence, str]] = []
+        self._unfinished: dict[str, int] = {}  # requests by adapter
+        self._retired: set[str] = set()  # adapters that go when their last request has ended
+        self._in_flight: list[Step] = []  # planned and not complete
         self._running: dict[Sequence, None] = {}  # prefill and decode, oldest admission first
         self._prefilling: dict[Sequence, None] = {}
         self._finishing: dict[Sequence, None] = {}  # last token planned, not yet complete
@@ -77,7 +99,9 @@ class Scheduler:
             raise RefusedError(reason)
         sequence = Sequence(request, self._order, request.prompt_tokens)
         self._order += 1
-        self._waiting.append(sequence)
+        self.queue.push(sequence)
+        if request.adapter is not None:
+            self._unfinished[request.adapter] = self._unfinished.get(request.adapter, 0) + 1
         self._changed = True
         return sequence
 
@@ -88,21 +112,85 @@ class Scheduler:
         tokens = request.prompt_tokens + request.output_tokens
         if tokens > self.limits.max_model_len:
             return f"{tokens} tokens exceed max_model_len={self.limits.max_model_len}"
-        pages = self._pages_for(tokens)
-        if request.adapter is not None:
-            footprint = self.residency.footprints.get(request.adapter)
-            if footprint is None:
-                return f"adapter {request.adapter!r} is not registered"
-            pages += footprint.pages
-        if pages > self.pool.num_pages:
-            return f"{pages} pages needed for {tokens} tokens and the adapter, the pool has {self.pool.num_pages}"
-        return None
+        if request.adapter is not None and (
+            request.adapter not in self.residency.footprints or request.adapter in self._retired
+        ):
+            return f"adapter {request.adapter!r} is not registered"
+        return self.memory.why_never(tokens, self._pages_for(tokens), request.adapter)
+
+    def abort(self, sequence: Sequence) -> None:
+        """Drop a request that is not wanted any more, or has produced all it will; what is planned for it is done and ignored."""
+        if sequence.phase is Phase.WAITING:
+            self.queue.remove(sequence)
+            self._end(sequence)
+        elif sequence.phase in (Phase.PREFILL, Phase.DECODE):
+            self._stop_running(sequence)
+            sequence.phase = Phase.FINISHING
+            if self._in_flight:
+                self._finishing[sequence] = None
+                self._in_flight[-1].dropped.append(sequence)
+            else:
+                self._let_go(sequence)
+                self._end(sequence)
+        self._changed = True
+        self._steady = False
+
+    def keep_output(self, sequence: Sequence, keys: Iterable[Hashable]) -> None:
+        """Note what is in the full pages of a request that has produced its last token; its pages must not be given back yet.
+
+        keys: as `Request.page_keys`, of prompt and output.
+        """
+        for key, page in zip(keys, sequence.pages, strict=False):
+            self.memory.note(key, page, sequence.request.adapter)
+
+    def take_refused(self) -> list[tuple[Sequence, str]]:
+        """Hand over the requests that were turned away since the last call, with the reason."""
+        refused, self._refused = self._refused, []
+        return refused
+
+    # ---- adapters that come and go ----
+
+    def register(self, name: str, footprint: AdapterFootprint) -> None:
+        """Let requests name an adapter. Raises ValueError where the name is taken."""
+        if name in self.residency.footprints:
+            raise ValueError(f"adapter {name!r} is registered already")
+        self.residency.footprints[name] = footprint
+
+    def unregister(self, name: str) -> None:
+        """Take no more requests for an adapter. Those that are there are served; then its pages go, and `is_registered` is false."""
+        if name not in self.residency.footprints or name in self._retired:
+            raise ValueError(f"adapter {name!r} is not registered")
+        self._retired.add(name)
+        self._retire_if_unused(name)
+
+    def is_registered(self, name: str) -> bool:
+        """Whether an adapter's weights may still be asked for."""
+        return name in self.residency.footprints
+
+    def _retire_if_unused(self, name: str) -> None:
+        if name not in self._retired or name in self._unfinished:
+            return
+        if self.residency.state(name) is AdapterState.LOADING:
+            return  # when it has ended
+        if self.residency.is_idle(name):
+            self.residency.drop(name)
+        self._retired.discard(name)
+        del self.residency.footprints[name]
 
     # ---- what is going on ----
 
     @property
+    def pool(self) -> PagePool:
+        """The pages of KV, and of adapters unless they have their own."""
+        return self.memory.kv
+
+    @property
+    def residency(self) -> Residency:
+        return self.memory.residency
+
+    @property
     def num_waiting(self) -> int:
-        return len(self._waiting)
+        return len(self.queue)
 
     @property
     def num_running(self) -> int:
@@ -110,11 +198,34 @@ class Scheduler:
 
     @property
     def num_unfinished(self) -> int:
-        return len(self._waiting) + self.num_running
+        return len(self.queue) + self.num_running
 
     @property
     def kv_pages(self) -> int:
-        return self.pool.num_used - self.residency.pages_held
+        """Pages that requests hold."""
+        return self.memory.kv_pages
+
+    @property
+    def prefix_queried_tokens(self) -> int:
+        """Prompt tokens of admitted requests that were looked for in the prefix cache."""
+        return 0 if self.memory.prefixes is None else self.memory.prefixes.queried_tokens
+
+    @property
+    def prefix_hit_tokens(self) -> int:
+        """Those of them that were found."""
+        return 0 if self.memory.prefixes is None else self.memory.prefixes.hit_tokens
+
+    def is_resident(self, adapter: str) -> bool:
+        """Whether an adapter's weights are on the GPU."""
+        return self.residency.state(adapter) is AdapterState.RESIDENT
+
+    def is_running(self, adapter: str) -> bool:
+        """Whether a running request uses an adapter."""
+        return adapter in self._running_adapters
+
+    def running_adapters(self) -> Iterable[str]:
+        """Return the adapters that running requests use, each once."""
+        return self._running_adapters.keys()
 
     def planned_tokens(self, sequence: Sequence) -> int:
         """Return how many output tokens of a sequence have been planned."""
@@ -131,6 +242,7 @@ class Scheduler:
         last tokens, and the next plan is made when it has completed.
         """
         self._preempted = False
+        self._turn_away(now_s)
         step = Step(index=self._next_step, shape=StepShape())
         self._take_growth_pages(step)
         step.joined, step.left = self._decoding.take_changes()
@@ -145,7 +257,8 @@ class Scheduler:
             self._decoding.put_back_left(step.left)
             return None
         self._next_step += 1
-        step.shape = self._shape_of(step, decode_rows)
+        self._in_flight.append(step)
+        step.shape = shape_of(self._decoding, decode_rows, step.prefills)
         self._end_last_tokens(step)
         self._steady = not step.prefills and not self._prefilling and not step.finishing
         return step
@@ -157,25 +270,38 @@ class Scheduler:
 
     def complete(self, step: Step) -> None:
         """Note that the GPU has done a planned step: what ended in it gives its pages, slot and adapter back."""
-        for sequence in step.finishing:
+        self._in_flight.remove(step)
+        for sequence in (*step.finishing, *step.dropped):
             del self._finishing[sequence]
             self._let_go(sequence)
-            sequence.phase = Phase.DONE
+            self._end(sequence)
             self._changed = True
 
     def load_finished(self, adapter: str, now_s: float) -> None:
         """Note that an adapter's bytes are on the GPU."""
         self.residency.finish_load(adapter, now_s)
+        self._retire_if_unused(adapter)
         self._changed = True
+
+    def load_failed(self, adapter: str) -> list[Sequence]:
+        """Note that an adapter's bytes cannot be had; return the requests that waited for it, which are dropped."""
+        self.residency.load_failed(adapter)
+        wanted_it = [sequence for sequence in self.queue if sequence.request.adapter == adapter]
+        for sequence in wanted_it:
+            self.queue.remove(sequence)
+            self._end(sequence)
+        self._retire_if_unused(adapter)
+        self._changed = True
+        return wanted_it
 
     # ---- many equal steps at once ----
 
     def extendable(self) -> int:
         """Return how many further steps would be planned exactly like the last one, but for one more KV token a row each."""
-        if not self._steady or (self._changed and self._waiting):
+        if not self._steady or (self.queue and (self._changed or self.queue.time_dependent)):
             return 0
         steps = self._decoding.ticks_to_finish()
-        free = self.pool.num_free + self.residency.evictable_pages
+        free = self.pool.num_free + self.memory.evictable_pages
         rotations = -(-steps // self.limits.page_tokens)
         if rotations * len(self._decoding) <= free:
             return steps
@@ -189,9 +315,7 @@ class Scheduler:
         """Plan and complete `steps` further steps like the last one; at most `extendable()`."""
         for _ in range(steps):
             for sequence in self._decoding.growing():
-                if not self.pool.num_free:
-                    self.residency.evict(1)
-                sequence.pages += self.pool.allocate(1)
+                sequence.pages += self.memory.take(1)
             self._decoding.advance()
         self._next_step += steps
 
@@ -200,7 +324,7 @@ class Scheduler:
     def _take_growth_pages(self, step: Step) -> None:
         growing = self._decoding.growing()
         while len(growing) > self.pool.num_free:
-            self.residency.evict(len(growing))
+            self.memory.make_room(len(growing))
             if len(growing) > self.pool.num_free:
                 self._preempt(next(reversed(self._running)))
         for sequence in growing:
@@ -219,32 +343,45 @@ class Scheduler:
 
     def _plan_chunk(self, step: Step, sequence: Sequence, budget: int) -> int:
         length = min(budget, sequence.prefill_tokens - sequence.prefilled)
-        last = sequence.prefilled + length == sequence.prefill_tokens
-        step.prefills.append(PrefillChunk(sequence, sequence.prefilled, length, last))
-        sequence.prefilled += length
+        start, end = sequence.prefilled, sequence.prefilled + length
+        step.prefills.append(PrefillChunk(sequence, start, length, end == sequence.prefill_tokens))
+        sequence.prefilled = end
+        page_tokens = self.limits.page_tokens
+        # Whoever shares these pages computes in a later step, or behind them in this one: every layer writes KV before it attends.
+        self.memory.filled(sequence.request, sequence.pages, start // page_tokens, end // page_tokens)
+        self.queue.served(sequence, length, 0)
         return length
+
+    def _turn_away(self, now_s: float) -> None:
+        if not self.queue.time_dependent:
+            return
+        for sequence in self.queue.expired(now_s):
+            self.queue.remove(sequence)
+            self._end(sequence)
+            self._refused.append(
+                (sequence, f"its first token could not come within {self.limits.ttft_slo_s} s")
+            )
 
     def _admit(self, step: Step, budget: int, now_s: float) -> None:
         """Admit waiting requests in order; start loads for those further back whose adapters are not there.
 
         What ended for want of slots, pages or loads stays so until something changes, so it is not tried again before.
         """
-        if not self._waiting or (self._blocked and not self._changed):
+        if not self.queue or (self._blocked and not self._changed and not self.queue.time_dependent):
             return
         admitted: list[Sequence] = []
         may_admit = True
         reserve = 0  # pages that the first waiting request wants when its adapter is there: nobody overtakes it into them
-        wanted = {s.request.adapter for _, s in zip(range(LOOKAHEAD_REQUESTS), self._waiting, strict=False)}
-        for position, sequence in zip(range(LOOKAHEAD_REQUESTS), self._waiting, strict=False):
+        window = self.queue.window(LOOKAHEAD_REQUESTS, now_s, self)
+        wanted = {sequence.request.adapter for sequence in window}
+        for position, sequence in enumerate(window):
             may_admit = may_admit and budget > 0 and bool(self._free_slots)
             name = sequence.request.adapter
             if name is not None and self.residency.state(name) is not AdapterState.RESIDENT:
                 head = position == len(admitted)
                 absent = self.residency.state(name) is AdapterState.ABSENT
                 busy = self.residency.num_loading >= MAX_LOADS_IN_FLIGHT
-                started = (
-                    absent and not busy and self._start_load(name, now_s, reserve, None if head else wanted)
-                )
+                started = absent and not busy and self._start_load(name, now_s, reserve, wanted, head)
                 if head:
                     may_admit = may_admit and (started or busy or not absent)
                     reserve = self._watermark_pages + self._pages_for(sequence.prefill_tokens)
@@ -263,18 +400,7 @@ class Scheduler:
             budget -= self._plan_chunk(step, sequence, budget)
         self._blocked = budget > 0
         if admitted:
-            self._drop_from_waiting(admitted)
-
-    def _drop_from_waiting(self, admitted: list[Sequence]) -> None:
-        gone = set(admitted)
-        kept: list[Sequence] = []
-        while gone:
-            sequence = self._waiting.popleft()
-            if sequence in gone:
-                gone.discard(sequence)
-            else:
-                kept.append(sequence)
-        self._waiting.extendleft(reversed(kept))
+            self.queue.drop(admitted)
 
     def _fits(self, sequence: Sequence, reserve: int) -> bool:
         name = sequence.request.adapter
@@ -286,10 +412,15 @@ class Scheduler:
             and len(self._running_adapters) >= cap
         ):
             return False
-        wanted = self._pages_for(sequence.prefill_tokens) + reserve
+        pages = self._pages_for(sequence.prefill_tokens)
+        room = self.memory.available(name) - reserve
         if self._running or self._finishing:
-            wanted += self._watermark_pages
-        return wanted <= self.pool.num_free + self.residency.evictable_pages_without(name)
+            room -= self._watermark_pages
+        return pages <= room or self.memory.missing_pages(pages, self._match(sequence)) <= room
+
+    def _match(self, sequence: Sequence) -> list[int]:
+        """Return the pages of its prompt that are there already; one token at least is left to compute."""
+        return self.memory.match(sequence.request, (sequence.prefill_tokens - 1) // self.limits.page_tokens)
 
     def _start(self, sequence: Sequence, now_s: float) -> None:
         name = sequence.request.adapter
@@ -302,31 +433,29 @@ class Scheduler:
                     arrived_s, sequence.resident.load_started_s
                 )
                 sequence.load_wait_s = max(0.0, waited_s)
-        wanted = self._pages_for(sequence.prefill_tokens)
-        self.residency.evict(wanted)
-        sequence.pages = self.pool.allocate(wanted)
+        matched = self._match(sequence)
+        sequence.pages = self.memory.admit(
+            sequence.request, self._pages_for(sequence.prefill_tokens), matched, self.limits.page_tokens
+        )
+        sequence.cached_tokens = len(matched) * self.limits.page_tokens
         sequence.slot = self._free_slots.pop()
         sequence.phase = Phase.PREFILL
-        sequence.prefilled = 0
+        sequence.prefilled = sequence.cached_tokens
         if sequence.admitted_s is None:
             sequence.admitted_s = now_s
         self._running[sequence] = None
         self._prefilling[sequence] = None
 
-    def _start_load(self, name: str, now_s: float, reserve: int, keep: set[str | None] | None) -> bool:
-        """Start a load if `reserve` pages are left beside it: of free ones, and those of idle adapters but of those in `keep`.
+    def _start_load(self, name: str, now_s: float, reserve: int, wanted: set[str | None], head: bool) -> bool:
+        """Start a load where there is room for it.
 
-        keep: None for the first waiting request, which may take any idle adapter's pages and all of the watermark.
+        The first waiting request may take any idle adapter's pages and all of the watermark; one further back must leave `reserve` pages, and
+        the adapters that others wait for.
         """
-        wanted = self.residency.footprints[name].pages
-        if keep is not None:
-            wanted += reserve + (self._watermark_pages if self._running else 0)
-        kept = keep or set()
-        if wanted > self.pool.num_free:
-            if wanted > self.pool.num_free + self.residency.evictable_pages_but(kept):
-                return False
-            self.residency.evict(wanted, keep=kept.__contains__)
-        adapter = self.residency.start_load(name, now_s)
+        spare = 0 if head else reserve + (self._watermark_pages if self._running else 0)
+        adapter = self.memory.start_load(name, now_s, spare=spare, keep=() if head else wanted)
+        if adapter is None:
+            return False
         self._loads.append(Load(name, adapter.slot, tuple(adapter.pages), adapter.footprint.copy_bytes))
         return True
 
@@ -357,23 +486,39 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         """Take everything from a running sequence; it waits at the front and computes its tokens again."""
-        if sequence.phase is Phase.DECODE:
-            self._decoding.leave(sequence)
-        else:
-            del self._prefilling[sequence]
-        del self._running[sequence]
+        self._stop_running(sequence)
         self._let_go(sequence)
         sequence.phase = Phase.WAITING
         sequence.prefill_tokens = sequence.request.prompt_tokens + sequence.generated
         sequence.prefilled = 0
         sequence.preemptions += 1
         self.preemptions += 1
-        self._waiting.appendleft(sequence)
+        self.queue.push_front(sequence)
         self._preempted = True
         self._changed = True
 
+    def _stop_running(self, sequence: Sequence) -> None:
+        if sequence.phase is Phase.DECODE:
+            self._decoding.leave(sequence)
+        else:
+            del self._prefilling[sequence]
+        del self._running[sequence]
+
+    def _end(self, sequence: Sequence) -> None:
+        """Note that nothing more will come of a request."""
+        sequence.phase = Phase.DONE
+        name = sequence.request.adapter
+        if name is None:
+            return
+        self._unfinished[name] -= 1
+        if not self._unfinished[name]:
+            del self._unfinished[name]
+            self._retire_if_unused(name)
+
     def _let_go(self, sequence: Sequence) -> None:
-        self.pool.release(sequence.pages)
+        self.queue.served(sequence, 0, sequence.generated - sequence.served_tokens)
+        sequence.served_tokens = sequence.generated
+        self.memory.release(sequence.pages)
         sequence.pages = []
         self._free_slots.append(sequence.slot)
         sequence.slot = -1
@@ -388,45 +533,6 @@ class Scheduler:
     def _pages_for(self, tokens: int) -> int:
         return -(-tokens // self.limits.page_tokens)
 
-    def _shape_of(self, step: Step, decode_rows: int) -> StepShape:
-        lora = self._decoding.lora
-        tokens, adapters, distinct, token_bytes = (
-            lora.tokens,
-            len(lora.rows),
-            lora.distinct_bytes,
-            lora.token_bytes,
-        )
-        seen: set[str] = set()
-        prefill = pairs = kv_tokens = samples = 0
-        for chunk in step.prefills:
-            prefill += chunk.length
-            pairs += chunk.length * chunk.start + chunk.length * (chunk.length + 1) // 2
-            kv_tokens += chunk.start + chunk.length
-            samples += chunk.last
-            resident = chunk.sequence.resident
-            if resident is not None:
-                tokens += chunk.length
-                token_bytes += chunk.length * resident.footprint.weight_bytes
-                if resident.name not in lora.rows and resident.name not in seen:
-                    seen.add(resident.name)
-                    adapters += 1
-                    distinct += resident.footprint.weight_bytes
-        return StepShape(
-            decode_rows=decode_rows,
-            decode_kv_tokens=self._decoding.kv_tokens(),
-            decode_kv_max=self._decoding.longest_kv() if decode_rows else 0,
-            prefill_tokens=prefill,
-            prefill_chunks=len(step.prefills),
-            prefill_pairs=pairs,
-            prefill_kv_tokens=kv_tokens,
-            sample_rows=decode_rows + samples,
-            lora_tokens=tokens,
-            lora_adapters=adapters,
-            lora_bytes=distinct,
-            lora_single_bytes=lora.single_bytes,
-            lora_token_bytes=token_bytes,
-        )
-
     # ---- integrity ----
 
     def running(self) -> Iterator[Sequence]:
@@ -436,9 +542,7 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless pages are conserved and all counters agree with the sequences."""
-        self.residency.check_integrity()
-        holders = [sequence.pages for sequence in self.running()]
-        self.pool.check_integrity([*holders, *self.residency.holders()])
+        self.memory.check_integrity(sequence.pages for sequence in self.running())
         slots = [sequence.slot for sequence in self.running()]
         assert sorted(slots + self._free_slots) == list(range(self.limits.max_num_seqs)), (
             "slots are not conserved"
@@ -455,4 +559,5 @@ class Scheduler:
                 users[s.resident.name] = users.get(s.resident.name, 0) + 1
         assert users == self._running_adapters
         assert all(self.residency.get(name).users == count for name, count in users.items())
-        assert all(s.phase is Phase.WAITING and not s.pages and s.slot == -1 for s in self._waiting)
+        assert all(s.phase is Phase.WAITING and not s.pages and s.slot == -1 for s in self.queue)
+        assert all(sequence in self._finishing for step in self._in_flight for sequence in step.dropped)

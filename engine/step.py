@@ -80,6 +80,7 @@ class Step:
     joined: sequences that decode from this step on. left: sequences that decoded in the last step and do not any more.
     new_pages: (sequence, page) taken for tokens that this step writes, beyond those a prefill brings.
     finishing: sequences that produce their last token in this step.
+    dropped: sequences that were dropped while it was in flight; what it makes for them is ignored.
     """
 
     index: int
@@ -89,3 +90,4 @@ class Step:
     new_pages: list[tuple[Sequence, int]] = field(default_factory=list)
     prefills: list[PrefillChunk] = field(default_factory=list)
     finishing: list[Sequence] = field(default_factory=list)
+    dropped: list[Sequence] = field(default_factory=list)
