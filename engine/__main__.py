@@ -1,4 +1,4 @@
-"""Commands of the engine: `python -m engine profile | replay | bench`."""
+"""Commands of the engine: `python -m engine serve | profile | replay | bench`."""
 
 from __future__ import annotations
 
@@ -191,6 +191,74 @@ def bench(
         json.dumps({"rows": rows, "config": serving.to_json(), **provenance()}, indent=1), encoding="utf-8"
     )
     temporary.replace(out)
+
+
+@app.command()
+def serve(
+    config: Annotated[
+        Path | None, typer.Option(help="Serving configuration: JSON, as `plan` writes it.")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Folder of the model and its tokenizer; goes before the configuration's."),
+    ] = None,
+    adapters: Annotated[Path | None, typer.Option(help="adapters.jsonl: those known from the start.")] = None,
+    adapter_dir: Annotated[
+        Path | None, typer.Option(help="The one folder that /v1/load_lora_adapter may read.")
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; only this machine by default.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
+    api_keys: Annotated[
+        Path | None, typer.Option(help='JSON of keys and their models: {"key": ["adapter"] or "*"}.')
+    ] = None,
+    record: Annotated[
+        Path | None, typer.Option(help="Native trace file to write: one line a request served.")
+    ] = None,
+    served_model_name: Annotated[
+        str | None, typer.Option(help="The base model's name for clients; its folder's without it.")
+    ] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Folder of a tokenizer, where the model's has none.")
+    ] = None,
+    max_queue: Annotated[int, typer.Option(help="Requests that may wait; more get a 429.")] = 1024,
+    max_body_bytes: Annotated[int, typer.Option(help="Largest request.")] = 4 * 2**20,
+    max_registered: Annotated[int, typer.Option(help="Most adapters registered at a time.")] = 10_000,
+    max_adapter_bytes: Annotated[int, typer.Option(help="Largest safetensors file of an adapter.")] = 4
+    * 2**30,
+    drain_timeout: Annotated[
+        float, typer.Option(help="Seconds that SIGTERM lets requests finish in.")
+    ] = 30.0,
+    seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Seed of random weights.")] = 0,
+) -> None:
+    """Serve over HTTP as OpenAI does: completions, chat, models, adapters loaded and unloaded while it runs. SIGTERM drains."""
+    from engine.server.launch import ServerOptions, build_server
+    from engine.server.launch import serve as run
+    from engine.server.limits import ServerLimits
+
+    limits = ServerLimits(
+        max_queue=max_queue,
+        max_body_bytes=max_body_bytes,
+        max_adapters=max_registered,
+        max_adapter_bytes=max_adapter_bytes,
+        drain_timeout_s=drain_timeout,
+    )
+    options = ServerOptions(
+        limits=limits,
+        adapter_dir=adapter_dir,
+        api_keys=api_keys,
+        record=record,
+        served_name=served_model_name,
+        tokenizer=tokenizer,
+        seed=seed,
+    )
+    serving = ServingConfig() if config is None else ServingConfig.load(config)
+    if model is not None:
+        serving = serving.with_changes(model=model)
+    specs = {} if adapters is None else load_adapters(adapters)
+    server = build_server(serving, specs, options, _tell)
+    run(server, host, port, ready=_tell)
 
 
 def _adapters(path: Path | None, asked: list[dict[str, int | None]]) -> dict[str, AdapterSpec]:

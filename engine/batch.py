@@ -26,6 +26,7 @@ from kernels.lora_plan import (
     max_shrink_items,
     max_tiles,
 )
+from kernels.sample_params import PARAM_COLUMNS
 
 Int32 = NDArray[np.int32]
 
@@ -89,6 +90,7 @@ def batch_layout(tokens: int, limits: BatchLimits) -> BatchLayout:
         "sequence_slots": (tokens,),
         "sample_rows": (samples,),
         "sample_slots": (samples,),
+        "sample_params": (samples, PARAM_COLUMNS),
         "num_tiles": (1,),
         "lora_headers": (NUM_GROUPS, HEADER_COLUMNS),
         "num_decode_items": (1,),

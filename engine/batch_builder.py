@@ -5,16 +5,19 @@ Only changes reach it: who joins and leaves the decodes, new pages, prefill chun
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engine.batch import BatchLayout, PageUpdates
+from engine.sampling import GREEDY, Sampling
 from engine.sequence import Sequence
 from engine.step import PrefillChunk, Step
 from kernels.attention_plan import plan_decode_attention, plan_prefill_attention
 from kernels.lora_plan import plan_lora
+from kernels.sample_params import PARAM_COLUMNS, POSITION, sample_params
 
 NO_ADAPTER = -1
 
@@ -50,6 +53,7 @@ class BatchBuilder:
         self._adapter = np.full(max_num_seqs, NO_ADAPTER, dtype=np.int32)
         self._decoding = np.zeros(max_num_seqs, dtype=bool)
         self._pages_written = np.zeros(max_num_seqs, dtype=np.int32)
+        self._sample_params = np.zeros((max_num_seqs, PARAM_COLUMNS), dtype=np.int32)
 
     def clear(self) -> None:
         """Forget all sequences."""
@@ -57,8 +61,8 @@ class BatchBuilder:
         self._slot_of.clear()
         self._decoding[:] = False
 
-    def apply(self, step: Step) -> PageUpdates:
-        """Take over a step's changes; return the page table entries that change."""
+    def apply(self, step: Step, sampling_of: Mapping[Sequence, Sampling] | None = None) -> PageUpdates:
+        """Take over a step's changes; return the page table entries that change. sampling_of: of sequences that start; greedy if not there."""
         updates = PageUpdates()
         for sequence in step.left:
             self._leave(sequence)
@@ -70,12 +74,12 @@ class BatchBuilder:
             updates.add(slot * self._max_pages + int(self._pages_written[slot]), page)
             self._pages_written[slot] += 1
         for chunk in step.prefills:
-            if chunk.start == 0:
-                self.enter(chunk.sequence, updates)
+            if chunk.start == chunk.sequence.cached_tokens:
+                self.enter(chunk.sequence, updates, (sampling_of or {}).get(chunk.sequence, GREEDY))
         return updates
 
-    def enter(self, sequence: Sequence, updates: PageUpdates) -> None:
-        """Take in a sequence that starts to run: its slot, pages and adapter."""
+    def enter(self, sequence: Sequence, updates: PageUpdates, sampling: Sampling = GREEDY) -> None:
+        """Take in a sequence that starts to run: its slot, pages, adapter and how its tokens are chosen."""
         slot = sequence.slot
         previous = self._sequences[slot]
         if previous is not None and self._slot_of.get(previous) == slot:
@@ -85,6 +89,7 @@ class BatchBuilder:
         self._decoding[slot] = False
         self._adapter[slot] = NO_ADAPTER if sequence.resident is None else sequence.resident.slot
         self._pages_written[slot] = len(sequence.pages)
+        self._sample_params[slot] = sample_params(sampling.temperature, sampling.top_p, sampling.seed)
         updates.add_row(slot * self._max_pages, sequence.pages)
 
     def _leave(self, sequence: Sequence) -> None:
@@ -111,6 +116,8 @@ class BatchBuilder:
         views["sequence_slots"][:rows] = slots
         views["sample_rows"][:rows] = np.arange(rows)
         views["sample_slots"][:rows] = slots
+        views["sample_params"][:rows] = self._sample_params[slots]
+        views["sample_params"][:rows, POSITION] = kv_tokens + 1
         sequences = [self._sequences[slot] for slot in slots.tolist()]
         chunks = sorted(step.prefills, key=self._adapter_of)
         row, attention_chunks, samples = rows, [], rows
@@ -120,6 +127,8 @@ class BatchBuilder:
             if chunk.last:
                 views["sample_rows"][samples] = row + chunk.length - 1
                 views["sample_slots"][samples] = chunk.sequence.slot
+                views["sample_params"][samples] = self._sample_params[chunk.sequence.slot]
+                views["sample_params"][samples, POSITION] = chunk.start + chunk.length
                 sequences.append(chunk.sequence)
                 samples += 1
             row += chunk.length
@@ -156,6 +165,7 @@ class BatchBuilder:
         views["sequence_slots"][rows:] = -1
         views["sample_rows"][samples:] = 0
         views["sample_slots"][samples:] = len(self._sequences)  # a slot that nobody reads
+        views["sample_params"][samples:] = 0
 
     def _plan_attention(
         self,

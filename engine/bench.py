@@ -17,6 +17,7 @@ from engine.build import Progress, build_runner
 from engine.config import ServingConfig
 from engine.engine import Engine, Generation
 from engine.errors import UserError
+from engine.prefix_keys import keys_of_tokens
 from engine.requests import Request
 from engine.runner import Runner
 
@@ -107,15 +108,18 @@ def _burst_row(runner: Runner, plan: BenchPlan, names: list[str], rng: np.random
 def _add(
     engine: Engine, prompt_tokens: int, output_tokens: int, name: str | None, rng: np.random.Generator
 ) -> Generation:
+    """Queue a request with a random prompt that shares nothing with another; its keys are made as in serving."""
+    config = engine.blueprint.config
+    prompt = rng.integers(0, engine.blueprint.model.vocab_size, prompt_tokens, dtype=np.int32)
     request = Request(
         request_id=int(rng.integers(2**31)),
         arrival_s=0.0,
         prompt_tokens=prompt_tokens,
         output_tokens=output_tokens,
         adapter=name,
+        page_keys=keys_of_tokens(name, prompt, config.page_tokens) if config.prefix_caching else None,
     )
-    vocabulary = engine.blueprint.model.vocab_size
-    return engine.add(request, rng.integers(0, vocabulary, prompt_tokens, dtype=np.int32))
+    return engine.add(request, prompt)
 
 
 def _tpot_s(generation: Generation) -> float:

@@ -9,6 +9,7 @@ from engine.adapter import AdapterSpec
 from engine.budget import MemoryPlan, geometry_of, plan_memory
 from engine.config import ServingConfig
 from engine.errors import UserError
+from engine.host_cache import HostCache
 from engine.layout import AdapterLayout, PageGeometry, adapter_layout
 from engine.model_shape import ModelShape, load_model_shape
 from engine.residency import AdapterFootprint
@@ -26,9 +27,56 @@ class Blueprint:
     adapters: Mapping[str, AdapterSpec]
     footprints: Mapping[str, AdapterFootprint]
 
+    @property
+    def max_adapters(self) -> int:
+        """Most adapters on the GPU at a time: the tables that are indexed by slot have so many rows."""
+        return len(self.adapters) if self.config.max_adapters is None else self.config.max_adapters
+
+    @property
+    def max_rank(self) -> int:
+        """Largest rank that may be served; 0: no adapters at all."""
+        if self.config.max_adapter_rank is not None:
+            return self.config.max_adapter_rank
+        return max((max(spec.module_ranks) for spec in self.adapters.values()), default=0)
+
+    @property
+    def host_capacity_bytes(self) -> int | None:
+        """The bound of the adapters in host memory, as far as they are one GPU's; None is no bound."""
+        bound = self.config.host_memory_bytes
+        return None if bound is None else bound // self.config.tp
+
     def layout(self, name: str) -> AdapterLayout:
         """Return the places of an adapter's rows on one GPU."""
-        return _layout(self.config, self.model, self.geometry, self.adapters[name])
+        return self.layout_of(self.adapters[name])
+
+    def layout_of(self, spec: AdapterSpec) -> AdapterLayout:
+        """Return the places of the rows that an adapter like this has on one GPU."""
+        return _layout(self.config, self.model, self.geometry, spec)
+
+    def footprint(self, spec: AdapterSpec) -> AdapterFootprint:
+        """Return what an adapter takes on one GPU."""
+        return _footprint(self.config, self.model, self.geometry, spec)
+
+    def check_adapter(self, spec: AdapterSpec) -> None:
+        """Raise UserError where an adapter can never be served beside those of the blueprint."""
+        if self.max_adapters < 1:
+            raise UserError(f"adapter {spec.name!r}: there is no room for adapters; set max_adapters")
+        if max(spec.module_ranks) > self.max_rank:
+            raise UserError(
+                f"adapter {spec.name!r}: rank {max(spec.module_ranks)} exceeds {self.max_rank}, the largest that is served; "
+                "set max_adapter_rank"
+            )
+        pages, most = self.footprint(spec).pages, self.config.adapter_pool_pages or self.memory.num_pages
+        if pages > most:
+            raise UserError(f"adapter {spec.name!r} takes {pages} pages, the pool has {most}")
+        _check_host_memory(self.config, {spec.name: self.footprint(spec)})
+
+    def new_host_cache(self) -> HostCache[str]:
+        """Return which adapters are in host memory when serving starts: in their order, as far as it holds them."""
+        cache: HostCache[str] = HostCache(self.host_capacity_bytes)
+        for name, footprint in self.footprints.items():
+            cache.fill(name, footprint.copy_bytes)
+        return cache
 
     def new_scheduler(self) -> Scheduler:
         """Return a fresh scheduler with an empty pool."""
@@ -39,6 +87,13 @@ class Blueprint:
             max_model_len=config.max_model_len,
             page_tokens=config.page_tokens,
             max_adapters_per_step=config.max_adapters_per_step,
+            max_adapters=self.max_adapters,
+            policy=config.scheduler,
+            ttft_slo_s=config.ttft_slo_s,
+            adapter_weights=config.adapter_weights,
+            adapter_eviction=config.adapter_eviction,
+            adapter_pool_pages=config.adapter_pool_pages,
+            prefix_caching=config.prefix_caching,
         )
         return Scheduler(limits, self.memory.num_pages, self.footprints)
 
@@ -58,7 +113,8 @@ def blueprint(
     geometry = geometry_of(config, model)
     memory = plan_memory(config, model)
     footprints = {name: _footprint(config, model, geometry, spec) for name, spec in adapters.items()}
-    _check_host_memory(config, geometry, footprints)
+    _check_host_memory(config, footprints)
+    _check_ranks(config, adapters)
     return Blueprint(
         config=config,
         model=model,
@@ -88,11 +144,21 @@ def _footprint(
     )
 
 
-def _check_host_memory(
-    config: ServingConfig, geometry: PageGeometry, footprints: Mapping[str, AdapterFootprint]
-) -> None:
-    needed = sum(footprint.pages for footprint in footprints.values()) * geometry.page_bytes * config.tp
-    if config.host_memory_bytes is not None and needed > config.host_memory_bytes:
-        raise UserError(
-            f"the adapters take {needed} bytes of host memory, host_memory_bytes={config.host_memory_bytes}"
-        )
+def _check_host_memory(config: ServingConfig, footprints: Mapping[str, AdapterFootprint]) -> None:
+    """Raise UserError where one adapter alone is more than host memory may hold: none can be loaded without passing through it."""
+    bound = config.host_memory_bytes
+    for name, footprint in footprints.items():
+        needed = footprint.copy_bytes * config.tp
+        if bound is not None and needed > bound:
+            raise UserError(
+                f"adapter {name!r} takes {needed} bytes of host memory, host_memory_bytes={bound}"
+            )
+
+
+def _check_ranks(config: ServingConfig, adapters: Mapping[str, AdapterSpec]) -> None:
+    most = config.max_adapter_rank
+    for name, spec in adapters.items():
+        if most is not None and max(spec.module_ranks) > most:
+            raise UserError(
+                f"adapter {name!r}: rank {max(spec.module_ranks)} exceeds max_adapter_rank={most}"
+            )

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.blueprint import Blueprint
+from engine.host_store import PreparedAdapter
 from engine.prefix_keys import keys_of_tokens
 from engine.requests import Request
 from engine.runner import InFlight, Runner
@@ -152,7 +153,8 @@ class Engine:
         launched = None
         if step is not None:
             prefilling = {chunk.sequence: self._all_tokens(chunk.sequence) for chunk in step.prefills}
-            launched = self.runner.launch(step, prefilling)
+            sampling = {sequence: self._generations[sequence].sampling for sequence in prefilling}
+            launched = self.runner.launch(step, prefilling, sampling)
         host_s = time.perf_counter() - began_s
         previous, self._in_flight = self._in_flight, launched
         if previous is not None:

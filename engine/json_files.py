@@ -14,13 +14,13 @@ def read_json(path: str | Path) -> Any:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+        raise UserError(f"cannot be read: {error.strerror}", path=path) from None
     except UnicodeDecodeError:
-        raise UserError(f"{path}: not UTF-8") from None
+        raise UserError("not UTF-8", path=path) from None
     try:
         return parse_json(text)
     except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+        raise UserError(f"{error}", path=path) from None
 
 
 def parse_json(text: str) -> Any:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import UserError
-from engine.model_shape import MODULES, ModelShape
+from engine.model_shape import MODULES, ROW_PARALLEL, ModelShape
 
 ROW_ALIGN_BYTES = 128
 """Rows start at multiples of it: one full cache line of the GPU. Row tables count in it."""
@@ -89,35 +89,53 @@ def page_geometry(model: ModelShape, tp: int, page_tokens: int, itemsize: int) -
     )
 
 
-def row_lengths(model: ModelShape, tp: int = 1, sharding: str = "replicated") -> Pairs:
-    """Return, for each module, the elements of a row of A and of a row of (transposed) B on one GPU.
+Sharding = Literal["replicated", "block_diagonal", "slora"]
+"""How an adapter is cut over the GPUs of a replica. Source: facts in arXiv:2311.03285 (slora) and arXiv:2510.23346 (the others).
 
-    ``replicated``, as vLLM's default: column-parallel modules keep A whole and cut B's outputs, row-parallel
-    ones cut A's inputs and keep B whole. These are the base's own shard shapes. At ``tp`` 1 every sharding is
-    the same.
-    """
-    _check_sharding(tp, sharding)
+With N GPUs, column-parallel modules (q,k,v,gate,up; the base's outputs are cut) and row-parallel ones (o, down; its inputs are):
+
+    replicated      column: A [r, in] whole, B [r, out/N].        row: A [r, in/N], B [r, out] whole.
+    block_diagonal  column: A [r/N, in], B's block [r/N, out/N].  row: A's block [r/N, in/N], B [r/N, out].
+    slora           column: A [r/N, in], B [r, out/N].            row: A [r, in/N], B [r, out/N].
+
+The first two need no communication: what a GPU computes is part of its own output, or of its own partial sum. Under slora column modules gather
+h = A·x over the GPUs, and row modules sum it.
+"""
+
+
+def row_lengths(model: ModelShape, tp: int = 1, sharding: Sharding = "replicated") -> Pairs:
+    """Return, for each module, the elements of a row of A and of a row of (transposed) B on one GPU."""
     shapes = model.linear_shapes(tp)
-    return tuple((shapes[module][1], shapes[module][0]) for module in MODULES)
+    lengths = []
+    for module in MODULES:
+        out, inputs = shapes[module]
+        if sharding == "slora" and module in ROW_PARALLEL:
+            out = divided(out, tp, f"{module}'s outputs")
+        lengths.append((inputs, out))
+    return tuple(lengths)
 
 
-def row_counts(ranks: Sequence[int], tp: int = 1, sharding: str = "replicated") -> Pairs:
-    """Return, for each module, how many rows of A and of B one GPU holds.
-
-    Both equal the module's rank under ``replicated``. Shardings that cut ranks (slora: A by ``tp``;
-    block_diagonal: both) will differ here, so nothing below assumes that the two are equal.
-    """
-    _check_sharding(tp, sharding)
+def row_counts(ranks: Sequence[int], tp: int = 1, sharding: Sharding = "replicated") -> Pairs:
+    """Return, for each module, how many rows of A and of B one GPU holds. A rank that `tp` does not divide is cut as if it were padded."""
     if len(ranks) != len(MODULES):
         raise ValueError(f"ranks has {len(ranks)} entries, {len(MODULES)} are needed.")
-    return tuple((rank, rank) for rank in ranks)
+    counts = []
+    for module, rank in zip(MODULES, ranks, strict=True):
+        part = -(-rank // tp)
+        if sharding == "replicated":
+            counts.append((rank, rank))
+        elif sharding == "block_diagonal":
+            counts.append((part, part))
+        else:
+            counts.append((rank if module in ROW_PARALLEL else part, rank))
+    return tuple(counts)
 
 
-def _check_sharding(tp: int, sharding: str) -> None:
-    if tp > 1 and sharding != "replicated":
-        raise UserError(
-            f"lora_sharding (={sharding!r}) at tp (={tp}) > 1 is not supported yet; use 'replicated'."
-        )
+def divided(value: int, tp: int, what: str) -> int:
+    """Return value / tp. Raises UserError where it is no whole number."""
+    if value % tp:
+        raise UserError(f"tp (={tp}) must divide {what} (={value}).")
+    return value // tp
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -192,7 +210,7 @@ def adapter_layout(
     geometry: PageGeometry,
     *,
     tp: int = 1,
-    sharding: str = "replicated",
+    sharding: Sharding = "replicated",
 ) -> AdapterLayout:
     """Return the layout of an adapter with these seven ranks on one of ``tp`` GPUs; equal questions get the
     same object.

@@ -209,13 +209,14 @@ class Model:
 
     def _sample(self, batch: DeviceBatch, x: torch.Tensor) -> torch.Tensor:
         views, buffers = batch.views, self.buffers
-        slots = views["sample_slots"]
+        slots, params = views["sample_slots"], views["sample_params"]
         # Without prefill the rows are the samples, in order, unless padding makes them more than max_num_seqs.
         if not batch.decode_only or len(x) != len(slots):
             x = x.index_select(0, views["sample_rows"])
         logits = self.logits(x)
-        tokens: torch.Tensor = self.ops.greedy_sample(
-            logits, slots, buffers.last_token, buffers.sample_arrivals
+        thresholds = self.ops.top_p_threshold(logits, params)
+        tokens: torch.Tensor = self.ops.sample(
+            logits, slots, params, thresholds, buffers.last_token, buffers.sample_arrivals
         )
         return tokens
 

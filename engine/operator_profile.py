@@ -19,6 +19,7 @@ from engine.model_shape import GROUPS, ModelShape
 from engine.runner import Runner
 from engine.timing import captured_us, event_us
 from kernels.attention_plan import plan_decode_attention, plan_prefill_attention
+from kernels.sample_params import PARAM_COLUMNS
 
 TP_DEGREES = (1, 2, 4, 8)
 MATMUL_TOKENS = (
@@ -74,11 +75,7 @@ def profile_operators(runner: Runner, *, quick: bool) -> Iterator[tuple[str, dic
         for row in _prefill_rows(runner, tp, thin):
             yield "attention_prefill", row
     for rows in (1, 16, 64, 128, 256)[::thin]:
-        logits = torch.randn(rows, model.vocab_size, dtype=runner.dtype, device=runner.device)
-        slots = torch.arange(rows, dtype=torch.int32, device=runner.device)
-        last_token = torch.zeros(rows, dtype=torch.int64, device=runner.device)
-        call = partial(runner.model.ops.greedy_sample, logits, slots, last_token, torch.zeros_like(slots))
-        yield "sample", {"rows": rows, "us": captured_us(call, runner.device)}
+        yield "sample", {"rows": rows, "us": _sample_us(runner, rows)}
     for row in _transfer_rows(runner):
         yield "transfer", row
 
@@ -307,6 +304,21 @@ def _prefill_us(runner: Runner, tp: int, chunks: list[tuple[int, int]], tokens: 
             )
 
     return captured_us(call, runner.device) / model.num_layers
+
+
+def _sample_us(runner: Runner, rows: int) -> float:
+    """Time the two sampling kernels of a step in which all rows are greedy."""
+    device, ops = runner.device, runner.model.ops
+    logits = torch.randn(rows, runner.blueprint.model.vocab_size, dtype=runner.dtype, device=device)
+    slots = torch.arange(rows, dtype=torch.int32, device=device)
+    params = torch.zeros(rows, PARAM_COLUMNS, dtype=torch.int32, device=device)
+    last_token = torch.zeros(rows, dtype=torch.int64, device=device)
+    arrivals = torch.zeros_like(slots)
+
+    def call() -> None:
+        ops.sample(logits, slots, params, ops.top_p_threshold(logits, params), last_token, arrivals)
+
+    return captured_us(call, device)
 
 
 def lora_us(runner: Runner, batch: DeviceBatch) -> float:

@@ -24,7 +24,8 @@ class Ops:
     paged_prefill_attention: Op
     lora_shrink: Op
     lora_expand_: Op
-    greedy_sample: Op
+    top_p_threshold: Op
+    sample: Op
 
 
 def ops_for(backend: Backend) -> Ops:
@@ -36,14 +37,15 @@ def ops_for(backend: Backend) -> Ops:
 
 def _triton_ops() -> Ops:
     from kernels.gather_tokens import gather_tokens
-    from kernels.greedy_sample import greedy_sample
     from kernels.lora_expand import lora_expand_
     from kernels.lora_shrink import lora_shrink
     from kernels.paged_decode_attention import paged_decode_attention
     from kernels.paged_prefill_attention import paged_prefill_attention
     from kernels.rms_norm import add_rms_norm_, rms_norm
     from kernels.rotary_write_kv import rotary_write_kv_
+    from kernels.sample import sample
     from kernels.silu_mul import silu_mul
+    from kernels.top_p_threshold import top_p_threshold
 
     return Ops(
         gather_tokens=gather_tokens,
@@ -55,20 +57,22 @@ def _triton_ops() -> Ops:
         paged_prefill_attention=paged_prefill_attention,
         lora_shrink=lora_shrink,
         lora_expand_=lora_expand_,
-        greedy_sample=greedy_sample,
+        top_p_threshold=top_p_threshold,
+        sample=sample,
     )
 
 
 def _reference_ops() -> Ops:
     from kernels.gather_tokens_ref import gather_tokens
-    from kernels.greedy_sample_ref import greedy_sample
     from kernels.lora_expand_ref import lora_expand_ref_
     from kernels.lora_shrink_ref import lora_shrink_ref
     from kernels.paged_decode_attention_ref import paged_decode_attention
     from kernels.paged_prefill_attention_ref import paged_prefill_attention
     from kernels.rms_norm_ref import add_rms_norm_, rms_norm
     from kernels.rotary_write_kv_ref import rotary_write_kv_
+    from kernels.sample_ref import sample
     from kernels.silu_mul_ref import silu_mul
+    from kernels.top_p_threshold_ref import top_p_threshold
 
     return Ops(
         gather_tokens=gather_tokens,
@@ -80,5 +84,6 @@ def _reference_ops() -> Ops:
         paged_prefill_attention=paged_prefill_attention,
         lora_shrink=lora_shrink_ref,
         lora_expand_=lora_expand_ref_,
-        greedy_sample=greedy_sample,
+        top_p_threshold=top_p_threshold,
+        sample=sample,
     )

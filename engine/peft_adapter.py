@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from engine.adapter import AdapterSpec, spec_of_peft
@@ -15,7 +16,7 @@ from engine.errors import UserError
 from engine.layout import AdapterLayout, Side
 from engine.model_shape import MODULES, ModelShape
 from engine.peft_config import module_path, read_peft_config
-from engine.tensor_files import TensorFile, open_tensors
+from engine.tensor_files import LoadedTensors, load_tensors
 from engine.weights import shard_slices
 
 RANDOM_STD = 0.02
@@ -24,7 +25,7 @@ RANDOM_STD = 0.02
 Factors = tuple[torch.Tensor, torch.Tensor]
 
 _TENSOR_NAME = re.compile(
-    r"base_model\.model\.(?:model\.)?layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)\.lora_([AB])\.weight"
+    r"base_model\.model\.(?:model\.)?layers\.(\d{1,6})\.(?:self_attn|mlp)\.(\w+)\.lora_([AB])\.weight"
 )
 
 
@@ -51,23 +52,28 @@ def load_peft_adapter(folder: str | Path, shape: ModelShape, name: str | None = 
     config = read_peft_config(folder)
     spec = spec_of_peft(name or folder.name, folder, shape.num_layers)
     scales = config.module_scales(shape.num_layers)
-    path = folder / "adapter_model.safetensors"
-    if not path.is_file():
-        pickled = folder / "adapter_model.bin"
-        hint = f"{pickled.name} is a pickle, which is not read" if pickled.is_file() else "no weights"
-        raise UserError(f"{path}: no such file ({hint}).")
-    with open_tensors(path) as file:
-        names = _tensor_names(file)
-        tensors = {
-            (layer, module): _factors(file, names, layer, module, rank, shape)
-            for layer in range(shape.num_layers)
-            for module, rank in zip(MODULES, spec.module_ranks, strict=True)
-            if rank
-        }
-        _refuse_unexpected(file, names, tensors)
+    file = load_tensors(_weights_file(folder), _most_file_bytes(spec, shape))
+    names = _tensor_names(file)
+    tensors = {
+        (layer, module): _factors(file, names, layer, module, rank, shape)
+        for layer in range(shape.num_layers)
+        for module, rank in zip(MODULES, spec.module_ranks, strict=True)
+        if rank
+    }
+    _refuse_unexpected(file, names, tensors)
     return AdapterWeights(
         spec=spec, scales=tuple(scales.get(module, 0.0) for module in MODULES), tensors=tensors
     )
+
+
+def fingerprint(folder: str | Path) -> tuple[int, ...]:
+    """Return sizes and times of change of an adapter's files. Raises UserError where one is missing."""
+    files = (Path(folder) / "adapter_config.json", _weights_file(Path(folder)))
+    try:
+        found = [file.stat() for file in files]
+    except OSError as error:
+        raise UserError(f"cannot be read: {error.strerror}.", path=folder) from None
+    return tuple(number for stat in found for number in (stat.st_size, stat.st_mtime_ns))
 
 
 def random_adapter(spec: AdapterSpec, shape: ModelShape, seed: int, dtype: torch.dtype) -> AdapterWeights:
@@ -119,10 +125,11 @@ def pack(adapter: AdapterWeights, layout: AdapterLayout, dtype: torch.dtype) -> 
     image = torch.zeros(layout.num_pages * layout.geometry.page_elems, dtype=dtype)
     for (layer, module), (a, b) in adapter.tensors.items():
         index = MODULES.index(module)
-        scaled = b.to(torch.float32) * adapter.scales[index]
         _write_rows(image, layout, layer, index, "a", a)
-        _write_rows(image, layout, layer, index, "b", scaled.T)
-    if not bool(torch.isfinite(image).all()):
+        _write_rows(
+            image, layout, layer, index, "b", _transposed(b).to(torch.float32) * adapter.scales[index]
+        )
+    if not _all_finite(image):
         raise UserError(f"adapter {adapter.spec.name}: weights times alpha / r overflow {dtype}.")
     return image.view(layout.num_pages, layout.geometry.page_elems)
 
@@ -147,6 +154,19 @@ def pack_random(
     elif out.shape != size or out.dtype != dtype:
         raise ValueError(f"out is {list(out.shape)} of {out.dtype}, {list(size)} of {dtype} is needed.")
     return out.normal_(0.0, std, generator=generator)
+
+
+def _all_finite(tensor: torch.Tensor) -> bool:
+    """Say whether no number is NaN or infinite: by the extremes, which NaN is one of, 30 times as fast as number by number."""
+    low, high = torch.aminmax(tensor)
+    return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
+def _transposed(matrix: torch.Tensor) -> torch.Tensor:
+    """Return a transposed copy of a matrix: by numpy, which does it three times as fast as torch does."""
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[matrix.itemsize]
+    swapped = np.ascontiguousarray(matrix.contiguous().view(integer).numpy().T)
+    return torch.from_numpy(swapped).view(matrix.dtype)
 
 
 def _check_itemsize(layout: AdapterLayout, dtype: torch.dtype) -> None:
@@ -174,20 +194,46 @@ def _write_rows(
             first = row
 
 
-def _tensor_names(file: TensorFile) -> dict[tuple[int, str, str], str]:
-    names = {}
+def _weights_file(folder: Path) -> Path:
+    path = folder / "adapter_model.safetensors"
+    if not path.is_file():
+        pickled = folder / "adapter_model.bin"
+        hint = f"{pickled.name} is a pickle, which is not read" if pickled.is_file() else "no weights"
+        raise UserError(f"no such file ({hint}).", path=path)
+    return path
+
+
+def _most_file_bytes(spec: AdapterSpec, shape: ModelShape) -> int:
+    """Return the size beyond which a file holds other things than this adapter: 64-bit factors, and a long header."""
+    linears = shape.linear_shapes()
+    ranks = zip(MODULES, spec.module_ranks, strict=True)
+    elems = shape.num_layers * sum(rank * sum(linears[module]) for module, rank in ranks)
+    return elems * 8 + shape.num_layers * len(MODULES) * 2 * 1024 + 2**16
+
+
+def _tensor_names(file: LoadedTensors) -> dict[tuple[int, str, str], str]:
+    names: dict[tuple[int, str, str], str] = {}
     for name in sorted(file.keys):
         match = _TENSOR_NAME.fullmatch(name)
         if match is None or match[2] not in MODULES:
             raise UserError(
-                f"{file.path}: tensor {name} is unexpected: not a LoRA factor of one of {', '.join(MODULES)}."
+                f"tensor {_shown(name)} is unexpected: not a LoRA factor of one of {', '.join(MODULES)}.",
+                path=file.path,
             )
-        names[int(match[1]), match[2], match[3]] = name
+        key = (int(match[1]), match[2], match[3])
+        if key in names:
+            raise UserError(f"tensors {names[key]} and {name} are of the same factor.", path=file.path)
+        names[key] = name
     return names
 
 
+def _shown(name: str) -> str:
+    """Return a name that anybody may have written as part of one line."""
+    return "".join(letter if letter.isprintable() else "?" for letter in name[:200])
+
+
 def _factors(
-    file: TensorFile,
+    file: LoadedTensors,
     names: dict[tuple[int, str, str], str],
     layer: int,
     module: str,
@@ -200,21 +246,25 @@ def _factors(
         name = names.get((layer, module, side))
         if name is None:
             raise UserError(
-                f"{file.path}: tensor {module_path(layer, module)}.lora_{side}.weight is missing."
+                f"tensor {module_path(layer, module)}.lora_{side}.weight is missing.", path=file.path
             )
         found = file.shape(name)
         if found != wanted:
-            raise UserError(f"{file.path}: tensor {name} has shape {list(found)}, {list(wanted)} is needed.")
+            raise UserError(
+                f"tensor {name} has shape {list(found)}, {list(wanted)} is needed.", path=file.path
+            )
         tensor = file.read(name)
-        if not bool(torch.isfinite(tensor).all()):
-            raise UserError(f"{file.path}: tensor {name} holds values that are not finite.")
+        if not _all_finite(tensor):
+            raise UserError(f"tensor {name} holds values that are not finite.", path=file.path)
         factors.append(tensor)
     return factors[0], factors[1]
 
 
 def _refuse_unexpected(
-    file: TensorFile, names: dict[tuple[int, str, str], str], tensors: dict[tuple[int, str], Factors]
+    file: LoadedTensors, names: dict[tuple[int, str, str], str], tensors: dict[tuple[int, str], Factors]
 ) -> None:
     for (layer, module, _), name in names.items():
         if (layer, module) not in tensors:
-            raise UserError(f"{file.path}: tensor {name} is unexpected: config or model has no such target.")
+            raise UserError(
+                f"tensor {name} is unexpected: config or model has no such target.", path=file.path
+            )

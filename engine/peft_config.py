@@ -29,6 +29,7 @@ _KNOWN = {
 }
 # These leave the base's weights alone; pissa, olora, loftq, corda and lora_ga train against a changed base.
 _HARMLESS_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
+MAX_CONFIG_BYTES = 2**20  # PEFT writes about one thousand
 _REASONS = {
     "use_dora": "DoRA is not supported",
     "modules_to_save": "adapters that replace whole modules are not supported",
@@ -77,15 +78,15 @@ class PeftConfig:
                 per_layer = {self._at(module_path(layer, module)) for layer in range(num_layers)}
                 if len(per_layer) > 1:
                     raise UserError(
-                        f"{self.source}: {module} differs between layers, which is not supported."
+                        f"{module} differs between layers, which is not supported.", path=self.source
                     )
                 value = per_layer.pop()
                 if value is not None:
                     found[module] = value
         except re.error as error:
-            raise UserError(f"{self.source}: a pattern is not a regular expression: {error}.") from None
+            raise UserError(f"a pattern is not a regular expression: {error}.", path=self.source) from None
         if not found:
-            raise UserError(f"{self.source}: target_modules matches none of {', '.join(MODULES)}.")
+            raise UserError(f"target_modules matches none of {', '.join(MODULES)}.", path=self.source)
         return found
 
     def _at(self, path: str) -> tuple[int, float] | None:
@@ -102,10 +103,12 @@ def read_peft_config(folder: Path) -> PeftConfig:
     """Read a PEFT folder's adapter_config.json. Raises UserError for anything but plain LoRA."""
     path = Path(folder) / "adapter_config.json"
     if not path.is_file():
-        raise UserError(f"{folder}: no adapter_config.json: not a PEFT adapter folder.")
+        raise UserError("no adapter_config.json: not a PEFT adapter folder.", path=folder)
+    if path.stat().st_size > MAX_CONFIG_BYTES:
+        raise UserError(f"larger than {MAX_CONFIG_BYTES} bytes.", path=path)
     config = read_json(path)
     if not isinstance(config, dict):
-        raise UserError(f"{path}: must be a JSON object.")
+        raise UserError("must be a JSON object.", path=path)
     _refuse_unsupported(config, path)
     return PeftConfig(
         source=path,
@@ -126,30 +129,30 @@ def read_peft_config(folder: Path) -> PeftConfig:
 
 def _refuse_unsupported(config: Mapping[str, Any], path: Path) -> None:
     if config.get("peft_type") != "LORA":
-        raise UserError(f"{path}: peft_type (={config.get('peft_type')!r}) must be 'LORA'.")
+        raise UserError(f"peft_type (={config.get('peft_type')!r}) must be 'LORA'.", path=path)
     if config.get("bias", "none") != "none":
-        raise UserError(f"{path}: bias (={config['bias']!r}) must be 'none'.")
+        raise UserError(f"bias (={config['bias']!r}) must be 'none'.", path=path)
     init = config.get("init_lora_weights", True)
     if init not in _HARMLESS_INITS:
-        raise UserError(f"{path}: init_lora_weights (={init!r}) changes the base, which is not supported.")
+        raise UserError(f"init_lora_weights (={init!r}) changes the base, which is not supported.", path=path)
     for field, value in config.items():
         if field not in _KNOWN and value not in (None, False, {}, []):
             reason = _REASONS.get(field, "not supported")
             shown = value if isinstance(value, str | int | float) else json.dumps(value)
-            raise UserError(f"{path}: {field} (={shown}): {reason}.")
+            raise UserError(f"{field} (={shown}): {reason}.", path=path)
 
 
 def _targets(config: Mapping[str, Any], path: Path) -> str | tuple[str, ...]:
     targets = _names(config, "target_modules", path)
     if not targets:
-        raise UserError(f"{path}: target_modules is missing.")
+        raise UserError("target_modules is missing.", path=path)
     if targets == "all-linear":
         return MODULES
     if not isinstance(targets, str):
         for target in targets:
             if target.rpartition(".")[2] not in MODULES:
                 raise UserError(
-                    f"{path}: target_modules has {target!r}; only {', '.join(MODULES)} are supported."
+                    f"target_modules has {target!r}; only {', '.join(MODULES)} are supported.", path=path
                 )
     return targets
 
@@ -160,25 +163,25 @@ def _names(config: Mapping[str, Any], field: str, path: Path) -> str | tuple[str
         return value
     if isinstance(value, list) and all(isinstance(name, str) for name in value):
         return tuple(value)
-    raise UserError(f"{path}: {field} must be a string or a list of strings.")
+    raise UserError(f"{field} must be a string or a list of strings.", path=path)
 
 
 def _pattern(config: Mapping[str, Any], what: str, path: Path) -> list[tuple[str, Any]]:
     value = config.get(f"{what}_pattern") or {}
     if not isinstance(value, dict):
-        raise UserError(f"{path}: {what}_pattern must be an object.")
+        raise UserError(f"{what}_pattern must be an object.", path=path)
     return list(value.items())
 
 
 def _rank(value: object, field: str, path: Path) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 256:
-        raise UserError(f"{path}: {field} (={value!r}) must be an integer in 1..256.")
+        raise UserError(f"{field} (={value!r}) must be an integer in 1..256.", path=path)
     return value
 
 
 def _alpha(value: object, field: str, path: Path) -> float:
     if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-        raise UserError(f"{path}: {field} (={value!r}) must be a finite number.")
+        raise UserError(f"{field} (={value!r}) must be a finite number.", path=path)
     return float(value)
 
 

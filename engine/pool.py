@@ -74,14 +74,7 @@ class PagePool:
 
     def _empty_cold(self, count: int) -> None:
         for _ in range(count):
-            page, _none = self._cold.popitem(last=False)
-            self._forget(page)
-
-    def _forget(self, page: int) -> None:
-        """Free a page that nobody holds, contents and all."""
-        del self._worth[page]
-        self.on_reuse(page)
-        self._free.append(page)
+            self.forget(next(iter(self._cold)))
 
     def share(self, pages: Iterable[int]) -> None:
         """Add one reference to pages that are held or kept."""
@@ -147,6 +140,16 @@ class PagePool:
         self._warm.pop(page, None)
         self._cold[page] = None
         self._cold.move_to_end(page, last=False)
+
+    def forget(self, page: int) -> None:
+        """Take it that a kept page's contents are worth nothing: where nobody holds it, it is plain free."""
+        del self._worth[page]
+        self.on_reuse(page)
+        if self._references[page]:
+            return
+        if self._warm.pop(page, None) is None:
+            del self._cold[page]
+        self._free.append(page)
 
     # ---- integrity ----
 

@@ -1,12 +1,15 @@
 """Runs planned steps: builds the batch, sends it in one copy, replays a CUDA graph (or runs eagerly), and fetches the sampled tokens.
 
 On a CPU the same steps run eagerly and at once.
+
+How a sequence's tokens are chosen is told when it prefills: `launch(step, tokens_of, sampling_of)` with a `Sampling` for the sequences of
+`step.prefills` (greedy where there is none). It is taken over with a sequence's first chunk and kept until its slot goes to another.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,15 +17,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from engine.adapter_memory import AdapterLoader, HostStore
+from engine.adapter_loader import AdapterLoader
 from engine.batch import BatchLayout, BatchLimits, DeviceBatch, PageUpdates, batch_layout
 from engine.batch_builder import BatchBuilder, SampledRows
 from engine.blueprint import Blueprint
 from engine.errors import UserError
 from engine.graph_sizes import graph_sizes, padded_tokens
+from engine.host_store import HostStore
 from engine.model import DECODE_PROGRAMS, Model, new_buffers
 from engine.model_shape import GROUPS
 from engine.ops import ops_for
+from engine.sampling import Sampling
 from engine.sequence import Sequence
 from engine.step import Load, Step
 from engine.weights import ModelWeights
@@ -83,7 +88,7 @@ class Runner:
             blueprint.model,
             blueprint.geometry,
             num_pages=blueprint.memory.num_pages,
-            num_adapters=len(blueprint.adapters),
+            num_adapters=blueprint.max_adapters,
             bridge_elems=bridge,
             device=device,
             dtype=self.dtype,
@@ -99,7 +104,7 @@ class Runner:
         )
         self.store = HostStore(blueprint, self.dtype, device, seed=seed)
         self.loader = AdapterLoader(
-            self.store, self.buffers, len(blueprint.adapters), blueprint.geometry.units_per_page
+            self.store, self.buffers, blueprint.max_adapters, blueprint.geometry.units_per_page
         )
         self.builder = BatchBuilder(
             max_num_seqs=config.max_num_seqs,
@@ -145,12 +150,17 @@ class Runner:
 
     # ---- steps ----
 
-    def launch(self, step: Step, tokens_of: dict[Sequence, NDArray[np.int32]]) -> InFlight:
-        """Start a planned step. tokens_of: prompt and generated tokens of the sequences that prefill in it."""
+    def launch(
+        self,
+        step: Step,
+        tokens_of: dict[Sequence, NDArray[np.int32]],
+        sampling_of: Mapping[Sequence, Sampling] | None = None,
+    ) -> InFlight:
+        """Start a planned step. tokens_of: prompt and generated tokens of the sequences that prefill in it; sampling_of: how theirs are chosen."""
         launched_s = time.perf_counter()
         host = self._host[self._turn % RING]
         self._turn += 1
-        updates = self.builder.apply(step)
+        updates = self.builder.apply(step, sampling_of)
         key = self.key(step)
         layout = self.layout(key.tokens)
         views = layout.views(host.metadata.numpy())
@@ -176,6 +186,13 @@ class Runner:
         else:
             duration_s = time.perf_counter() - flight.launched_s
         return flight.host.tokens[: len(flight.sampled.sequences)].numpy().copy(), duration_s
+
+    def reset(self) -> None:
+        """Forget what ran and what was being loaded, once the GPU has done with it."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.loader.reset()
+        self.builder.clear()
 
     def start_load(self, load: Load) -> None:
         """Start copying an adapter to the GPU."""
@@ -233,7 +250,7 @@ class Runner:
             for decode_only in (False, True):
                 if decode_only and padded_tokens(config.max_num_seqs, config.graph_max_tokens) < tokens:
                     continue
-                for with_lora in (False, True) if self.blueprint.adapters else (False,):
+                for with_lora in (False, True) if self._limits.max_rank else (False,):
                     key = GraphKey(tokens=tokens, decode_only=decode_only, with_lora=with_lora)
                     self._capture_one(key, pool)
                     yield key
@@ -262,7 +279,7 @@ def _limits_of(blueprint: Blueprint) -> BatchLimits:
     inputs = tuple(linears[group[0]][1] for group in GROUPS)
     return BatchLimits(
         max_num_seqs=config.max_num_seqs,
-        max_rank=max((max(spec.module_ranks) for spec in blueprint.adapters.values()), default=0),
+        max_rank=blueprint.max_rank,
         num_heads=model.heads_per_rank(config.tp),
         num_kv_heads=model.kv_heads_per_rank(config.tp),
         in_features=(inputs[0], inputs[1], inputs[2], inputs[3]),

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """temperature 0 takes the likeliest token; else tokens are drawn with softmax(logits / temperature), of the smallest set of the likeliest
-    that has probability `top_p` at least. Draws depend on `seed` and the token's position alone.
+    """temperature 0 (or below 10⁻⁵) takes the likeliest token; else tokens are drawn with softmax(logits / temperature), of the smallest set of
+    the likeliest that has probability `top_p` at least, and of those as likely as its last. Draws depend on `seed` and the token's position
+    alone.
 
     Raises ValueError naming field, value and bound.
     """

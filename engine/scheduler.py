@@ -172,8 +172,7 @@ class Scheduler:
             return
         if self.residency.state(name) is AdapterState.LOADING:
             return  # when it has ended
-        if self.residency.is_idle(name):
-            self.residency.drop(name)
+        self.memory.forget_adapter(name)
         self._retired.discard(name)
         del self.residency.footprints[name]
 
@@ -434,15 +433,16 @@ class Scheduler:
                 )
                 sequence.load_wait_s = max(0.0, waited_s)
         matched = self._match(sequence)
-        sequence.pages = self.memory.admit(
-            sequence.request, self._pages_for(sequence.prefill_tokens), matched, self.limits.page_tokens
-        )
+        wanted = self._pages_for(sequence.prefill_tokens)
+        sequence.pages = self.memory.admit(sequence.request, wanted, matched)
         sequence.cached_tokens = len(matched) * self.limits.page_tokens
         sequence.slot = self._free_slots.pop()
         sequence.phase = Phase.PREFILL
         sequence.prefilled = sequence.cached_tokens
         if sequence.admitted_s is None:
             sequence.admitted_s = now_s
+            sequence.found_tokens = sequence.cached_tokens
+            self.memory.looked_up(sequence.request, sequence.cached_tokens)
         self._running[sequence] = None
         self._prefilling[sequence] = None
 

@@ -23,6 +23,7 @@ class Sequence:
 
     prefill_tokens: tokens to compute before it decodes: the prompt, and after a preemption what it had generated too.
     cached_tokens: tokens whose KV was found in the prefix cache when it was last admitted; its prefill starts behind them.
+    found_tokens: those that were found when it was first admitted; what a preempted request finds of its own is not counted.
     generated: tokens planned so far, exact unless it decodes; `Scheduler.planned_tokens` is exact always.
     served_tokens: output tokens that the queue's policy was told of.
     join_tick, finish_tick, page_key: set by the decode set while it decodes.
@@ -36,6 +37,7 @@ class Sequence:
     pages: list[int] = field(default_factory=list)
     prefilled: int = 0
     cached_tokens: int = 0
+    found_tokens: int = 0
     generated: int = 0
     served_tokens: int = 0
     preemptions: int = 0

@@ -6,7 +6,7 @@ Sequences are made up: pages at random, KV random, any adapters; no prompt has t
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,12 +31,12 @@ class MadeUpStep:
 
 
 class StepBench:
-    """Runs made-up steps on a runner whose pool is full of random numbers and whose adapters all are resident."""
+    """Runs made-up steps on a runner whose pool is full of random numbers and whose adapters, or those of `names`, all are resident."""
 
-    def __init__(self, runner: Runner) -> None:
+    def __init__(self, runner: Runner, names: Collection[str] | None = None) -> None:
         self.runner = runner
-        self._residents = _place_adapters(runner)
-        used = sum(len(resident.pages) for resident in self._residents.values())
+        self.residents = _place_adapters(runner, runner.blueprint.adapters if names is None else names)
+        used = sum(len(resident.pages) for resident in self.residents.values())
         rng = np.random.default_rng(0)
         self._kv_pages = used + rng.permutation(runner.buffers.pool.shape[0] - used)
         plan = runner.blueprint
@@ -73,6 +73,10 @@ class StepBench:
     def measure_us(self, wanted: MadeUpStep) -> tuple[StepShape, float]:
         """Return a step's shape and its median time on the GPU."""
         step, batch = self.prepare(wanted)
+        return step.shape, event_us(self.caller(step, batch), self.runner.device)
+
+    def caller(self, step: Step, batch: DeviceBatch) -> Callable[[], None]:
+        """Return what runs a prepared step once."""
         runner, layout = self.runner, batch.layout
         key = runner.key(step)
         used = layout.used_size(self._metadata.numpy())
@@ -82,7 +86,7 @@ class StepBench:
             tokens = runner.run(key, layout)
             self._tokens[: len(tokens)].copy_(tokens, non_blocking=True)
 
-        return step.shape, event_us(call, runner.device)
+        return call
 
     def measure_lora_us(self, wanted: MadeUpStep) -> tuple[StepShape, float, int]:
         """Return a step's shape, the time of one layer's shrink and expand in it, and the tokens of a tile."""
@@ -117,7 +121,7 @@ class StepBench:
             phase,
             slot,
             [next(pages) for _ in range(needed)],
-            resident=None if name is None else self._residents[name],
+            resident=None if name is None else self.residents[name],
         )
 
 
@@ -145,14 +149,15 @@ def made_up_shape(wanted: MadeUpStep, footprints: Mapping[str, AdapterFootprint]
     )
 
 
-def _place_adapters(runner: Runner) -> dict[str, ResidentAdapter]:
-    """Fill the pool with random numbers and write every adapter's row table, as if all had been loaded."""
+def _place_adapters(runner: Runner, names: Collection[str]) -> dict[str, ResidentAdapter]:
+    """Fill the pool with random numbers and write the adapters' row tables, as if all had been loaded."""
     pool = runner.buffers.pool
     for first in range(0, len(pool), 1024):
         pool[first : first + 1024].normal_(0, 0.02)
     residents: dict[str, ResidentAdapter] = {}
     page = 0
-    for slot, (name, footprint) in enumerate(runner.blueprint.footprints.items()):
+    for slot, name in enumerate(names):
+        footprint = runner.blueprint.footprints[name]
         pages = list(range(page, page + footprint.pages))
         page += footprint.pages
         runner.loader.register(slot, pages, runner.blueprint.adapters[name])

@@ -89,13 +89,17 @@ class UnifiedPool:
         """Return how many available pages a request of `wanted` pages takes: those not matched, and those matched that nobody holds now."""
         return wanted - sum(not self.kv.is_idle(page) for page in matched)
 
-    def admit(self, request: Request, wanted: int, matched: list[int], page_tokens: int) -> list[int]:
+    def admit(self, request: Request, wanted: int, matched: list[int]) -> list[int]:
         """Take the pages of a request: the matched ones and new ones behind them."""
         if self.prefixes is not None and request.page_keys is not None:
             self.prefixes.take(matched)
-            self.prefixes.queried_tokens += request.prompt_tokens
-            self.prefixes.hit_tokens += len(matched) * page_tokens
         return matched + self.take(wanted - len(matched))
+
+    def looked_up(self, request: Request, found_tokens: int) -> None:
+        """Count a new request's prompt, and what of it was there."""
+        if self.prefixes is not None and request.page_keys is not None:
+            self.prefixes.queried_tokens += request.prompt_tokens
+            self.prefixes.hit_tokens += found_tokens
 
     def filled(self, request: Request, pages: list[int], first: int, last: int) -> None:
         """Note that pages `first` … `last` − 1 of a request's prompt are written, as far as it has keys for them."""
@@ -162,6 +166,13 @@ class UnifiedPool:
                 return None
             residency.drop(victim.name)
         return residency.start_load(name, now_s)
+
+    def forget_adapter(self, name: str) -> None:
+        """Give back all that is kept of an adapter that is no more: its pages, which nobody uses, and the KV it made."""
+        if self.residency.is_idle(name):
+            self.residency.drop(name)
+        if self.prefixes is not None:
+            self.prefixes.forget_adapter(name)
 
     def _adapter_left(self, name: str) -> None:
         if self.prefixes is not None:

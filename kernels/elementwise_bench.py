@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 
-from kernels import greedy_sample_ref, rms_norm_ref, rotary_write_kv_ref, silu_mul_ref
+from kernels import rms_norm_ref, rotary_write_kv_ref, sample_ref, silu_mul_ref, top_p_threshold_ref
 from kernels.graph_time import bytes_us, check_error, graph_us, relative_error, timed
-from kernels.greedy_sample import greedy_sample
 from kernels.rms_norm import add_rms_norm_, rms_norm
 from kernels.rotary_write_kv import rotary_write_kv_
+from kernels.sample import sample
+from kernels.sample_params import sample_params
 from kernels.silu_mul import silu_mul
+from kernels.top_p_threshold import top_p_threshold
 
 DEVICE, DTYPE = "cuda", torch.bfloat16
 HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 4096, 14336, 32, 8, 128, 128256
@@ -19,6 +22,11 @@ PAGE_TOKENS, LAYERS = 16, 8
 EPS = 1e-5
 TOKENS = (1, 32, 256, 2048, 8192)
 SAMPLED_ROWS = (1, 32, 256)
+SAMPLINGS = (
+    ("greedy", 0.0, 1.0),
+    ("temperature", 1.0, 1.0),
+    ("top_p_0.9", 1.0, 0.9),
+)  # of all rows of a batch
 BUFFER_BYTES = 2**28  # of all sets of buffers together, in turn; at most 64 sets, at least 2
 
 Log = Callable[[str], object]
@@ -37,8 +45,13 @@ def bench_elementwise(*, quick: bool = False, log: Log = print, tokens=None, sam
             + " µs"
         )
     for count in SAMPLED_ROWS if sampled_rows is None else sampled_rows:
-        rows.append(bench_greedy_sample(count, replays))
-        log(f"greedy_sample, {count} rows: {rows[-1]['us']:.1f} µs")
+        for name, temperature, top_p in SAMPLINGS:
+            rows.append(bench_sampling(count, replays, name, temperature, top_p))
+        log(
+            f"sampling kernels, {count} rows: "
+            + ", ".join(f"{row['op']} {row['us']:.1f}" for row in rows[-len(SAMPLINGS) :])
+            + " µs"
+        )
     return rows
 
 
@@ -108,22 +121,38 @@ def bench_rotary(tokens: int, replays: int) -> dict:
     return row("rotary_write_kv", tokens, error, call, len(qkv), replays, moved)
 
 
-def bench_greedy_sample(rows: int, replays: int) -> dict:
-    """Check and time greedy_sample: every token must be the reference's."""
-    logits = randoms(rows, VOCAB)
+def bench_sampling(rows: int, replays: int, name: str, temperature: float, top_p: float) -> dict:
+    """Check and time top_p_threshold and sample as a step runs them; the bound is one reading of the logits.
+
+    The error is how far the reference's scores of the tokens are below its largest; greedy tokens must be the reference's.
+    """
+    logits, params = randoms(rows, VOCAB), row_params(rows, temperature, top_p)
     slots = torch.arange(rows, dtype=torch.int32, device=DEVICE)
     last = torch.zeros(rows, dtype=torch.int64, device=DEVICE)
     arrivals = torch.zeros(rows, dtype=torch.int32, device=DEVICE)
     out = torch.empty(rows, dtype=torch.int64, device=DEVICE)
-    host = torch.zeros(rows, dtype=torch.int64)  # on the CPU, where argmax takes the first of equal ones
-    expected = greedy_sample_ref.greedy_sample(logits[0].cpu().float(), slots.cpu(), host, arrivals.cpu())
-    got = greedy_sample(logits[0], slots, last, arrivals, out=out)
-    error = 0.0 if torch.equal(got.cpu(), expected) and torch.equal(last.cpu(), host) else float("inf")
+    thresholds = torch.empty(rows, device=DEVICE)
 
     def call(i: int) -> None:
-        greedy_sample(logits[i], slots, last, arrivals, out=out)
+        top_p_threshold(logits[i], params, out=thresholds)
+        sample(logits[i], slots, params, thresholds, last, arrivals, out=out)
 
-    return row("greedy_sample", rows, error, call, len(logits), replays, 2 * VOCAB)
+    call(0)
+    host = params.cpu()  # on the CPU, where argmax takes the first of equal ones
+    expected = top_p_threshold_ref.top_p_threshold(logits[0], params).cpu()
+    scores = sample_ref.scores(logits[0].cpu(), host, expected)
+    tokens = out.cpu()
+    short = scores.amax(dim=1) - scores.gather(1, tokens[:, None]).squeeze(1)
+    right = torch.equal(last, out) and (temperature > 0 or torch.equal(tokens, scores.argmax(dim=1)))
+    error = short.max().item() if right else float("inf")
+    return row(f"sample {name}", rows, error, call, len(logits), replays, 2 * VOCAB)
+
+
+def row_params(rows: int, temperature: float, top_p: float) -> torch.Tensor:
+    """The same parameters for all rows, seeds apart."""
+    return torch.from_numpy(np.stack([sample_params(temperature, top_p, seed) for seed in range(rows)])).to(
+        DEVICE
+    )
 
 
 def row(

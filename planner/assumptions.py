@@ -27,6 +27,11 @@ def assumptions(
         f"Settings are compared with one replica on the busiest {WINDOW_REQUESTS:,} requests, shapes on the whole trace.",
         "Prices are examples in planner/prices.json; --prices gives your own.",
     ]
+    if trace.columns.prefix_blocks is not None:
+        said.append(
+            "The trace's shared prompt prefixes are found in the prefix cache of the same replica, under the same adapter; "
+            "requests are not routed by them."
+        )
     if trace.adapters and given is None:
         said.append("Adapters are dense LoRA on all seven linears, replicated on every GPU of a replica.")
     unknown = sum(rank is None for rank in trace.adapters.values())
@@ -63,9 +68,9 @@ def warnings(
             f"{refused} requests are longer (up to {longest_request(trace):,} tokens) than the model can attend to "
             f"({config.max_model_len:,}): they are refused and count as missed."
         )
-    if trace.columns.prefix_blocks is not None:
+    if trace.columns.prefix_blocks is not None and not config.prefix_caching:
         said.append(
-            "The trace shares prompt prefixes: prefix caching is not modelled, every prompt is computed in full."
+            "The trace shares prompt prefixes: prefix caching is off, every prompt is computed in full."
         )
     degrees = sorted({trial.config.tp for trial in shown if trial.config.tp > 1})
     if degrees:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
+from numpy.typing import NDArray
 
 from engine.config import ServingConfig
+from engine.prefix_keys import BLOCK_TOKENS, BlockKeys
 from engine.step import StepShape
 from sim.replica import StepTimes
 from traces import Trace
@@ -40,9 +43,12 @@ def bounds(trace: Trace, config: ServingConfig, costs: StepTimes, slo: Slo) -> B
     """Bound one replica of a configuration on a trace.
 
     Each step takes at least what its tokens take without attention, LoRA and host, and at most
-    max_num_batched_tokens of them, max_num_seqs of which decode. A token is cheapest in the fullest step.
+    max_num_batched_tokens of them, max_num_seqs of which decode. A token is cheapest in the fullest step. With prefix
+    caching no more is computed of a prompt than a cache without end would not have.
     """
     prompts, outputs = trace.columns.prompt_tokens, trace.columns.output_tokens
+    if config.prefix_caching and trace.columns.prefix_blocks is not None:
+        prompts = _least_prompts(trace)
     prompt = int(np.quantile(prompts, slo.attainment, method="lower"))
     tpot_s = _decode_s(costs, 1) if float((outputs > 1).mean()) > 1 - slo.attainment else 0.0
     tokens, seqs = config.max_num_batched_tokens, config.max_num_seqs
@@ -51,6 +57,22 @@ def bounds(trace: Trace, config: ServingConfig, costs: StepTimes, slo: Slo) -> B
     by_slots_s = (float(outputs.mean()) - 1) * _decode_s(costs, seqs) / seqs
     least_s = max(by_tokens_s, by_slots_s)
     return Bounds(ttft_s=_prefill_s(costs, prompt, tokens), tpot_s=tpot_s, rate_rps=1 / least_s)
+
+
+@lru_cache(maxsize=1)
+def _least_prompts(trace: Trace) -> NDArray[np.int64]:
+    """Return the tokens of each prompt that no request before it had in the same blocks under the same adapter; at least one."""
+    columns = trace.columns
+    names = BlockKeys(BLOCK_TOKENS)  # a page a block
+    seen: set[int] = set()
+    shared = np.zeros(len(trace), dtype=np.int64)
+    for row, adapter in enumerate(columns.adapter_index.tolist()):
+        blocks = (columns.prefix_blocks or ())[row] or ()
+        keys = names.keys(str(adapter), blocks, len(blocks) * BLOCK_TOKENS)
+        shared[row] = next((place for place, key in enumerate(keys) if key not in seen), len(keys))
+        seen.update(keys)
+    least: NDArray[np.int64] = np.maximum(1, columns.prompt_tokens - BLOCK_TOKENS * shared)
+    return least
 
 
 def _decode_s(costs: StepTimes, rows: int) -> float:

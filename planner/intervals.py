@@ -79,7 +79,7 @@ def predictions(
 def _prediction(name: str, value: float, provenance: Provenance, narrow: float, wide: float) -> Prediction:
     if name == "requests":
         return Prediction(value, value, value, provenance)
-    if name in ("slo_attainment", "adapter_hit_rate"):
+    if name in ("slo_attainment", "adapter_hit_rate", "prefix_hit_rate"):
         missed = 1 - value
         return Prediction(
             value, max(0.0, 1 - missed * (1 + wide)), 1 - missed * max(0.0, 1 - wide), provenance

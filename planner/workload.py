@@ -12,6 +12,7 @@ from engine.model_shape import ModelShape
 from traces import Trace
 
 Piece = Literal["screen", "window", "trace"]
+Blocks = tuple[tuple[int, ...] | None, ...] | None
 
 SCREEN_REQUESTS = 300  # enough to tell a setting that is half as good
 WINDOW_REQUESTS = 1500  # a minute or more at a replica's highest rate: longer than what a request stays
@@ -74,7 +75,10 @@ def busiest(trace: Trace, count: int) -> Trace:
 
 
 def repeated(trace: Trace, times: int) -> Trace:
-    """Return the trace so many times in a row, a mean gap between the copies: its rate is kept."""
+    """Return the trace so many times in a row, a mean gap between the copies: its rate is kept.
+
+    Copies share no prefix blocks: otherwise every prompt of the second would be in the prefix cache.
+    """
     if times <= 1:
         return trace
     count = len(trace)
@@ -87,8 +91,20 @@ def repeated(trace: Trace, times: int) -> Trace:
         ids=tuple(range(count * times)),
         arrival_s=columns.arrival_s + shifts_s,
         raw_arrival_s=None,
+        prefix_blocks=_apart(columns.prefix_blocks, count),
     )
     return Trace.from_columns(columns, trace.name)
+
+
+def _apart(blocks: Blocks, count: int) -> Blocks:
+    """Number the blocks of each further copy of `count` rows anew."""
+    if blocks is None:
+        return None
+    most = 1 + max((block for row in blocks[:count] for block in row or ()), default=0)
+    return tuple(
+        None if row is None else tuple(block + number // count * most for block in row)
+        for number, row in enumerate(blocks)
+    )
 
 
 def longest_request(trace: Trace) -> int:

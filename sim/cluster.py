@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from engine.blueprint import Blueprint
+from engine.prefix_keys import BlockKeys
 from engine.requests import Request
 from engine.router import Router
 from engine.scheduler import RefusedError
 from engine.sequence import Sequence
 from sim.clock import ARRIVAL, Clock
+from sim.loads import LoadQueue
 from sim.observe import Observer, RequestLog, StepRow
 from sim.replica import Replica, StepTimes
 from traces import Trace
@@ -37,6 +39,7 @@ class Cluster:
                 costs,
                 Observer(index, log, costs.parts_s, steps),
                 self._end_handler(index),
+                loads=_load_queue(plan, costs),
                 fast_forward=fast_forward,
             )
             for index in range(plan.config.replicas)
@@ -65,16 +68,29 @@ class Cluster:
         return ended
 
 
+def _load_queue(plan: Blueprint, costs: StepTimes) -> LoadQueue:
+    bounded = plan.host_capacity_bytes is not None
+    return LoadQueue(costs.load_s, plan.new_host_cache() if bounded else None, ranks=plan.config.tp)
+
+
 class Arrivals:
     """Feeds a trace into a cluster, one arrival at a time.
 
-    A request's id in the simulation is its row in the trace.
+    A request's id in the simulation is its row in the trace. keys: makes what pages are known by from the
+    trace's prefix blocks; None, or a trace without any: nothing is shared.
     """
 
     def __init__(
-        self, clock: Clock, cluster: Cluster, trace: Trace, on_arrival: Callable[[int, float], None] | None
+        self,
+        clock: Clock,
+        cluster: Cluster,
+        trace: Trace,
+        on_arrival: Callable[[int, float], None] | None,
+        keys: BlockKeys | None = None,
     ) -> None:
         columns = trace.columns
+        self._blocks = columns.prefix_blocks
+        self._keys = keys if self._blocks is not None else None
         names = [*columns.adapter_names, None]  # index BASE_MODEL = -1 is the last
         self._rows = enumerate(
             zip(
@@ -102,8 +118,14 @@ class Arrivals:
             prompt_tokens=prompt_tokens,
             output_tokens=output_tokens,
             adapter=adapter,
+            page_keys=self._page_keys(number, adapter, prompt_tokens),
         )
         self._clock.call_at(arrival_s, ARRIVAL, self._arrive)
+
+    def _page_keys(self, row: int, adapter: str | None, prompt_tokens: int) -> tuple[int, ...] | None:
+        if self._keys is None or self._blocks is None:
+            return None
+        return self._keys.keys(adapter, self._blocks[row] or (), prompt_tokens)
 
     def _arrive(self, now_s: float) -> None:
         request = self._next

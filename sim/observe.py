@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.scheduler import Scheduler
+from engine.sequence import Sequence
 from engine.step import Step, StepShape
 
 Floats = NDArray[np.float64]
@@ -40,6 +41,7 @@ class RequestLog:
         self.finish_s = array("d", [nan]) * count
         self.load_wait_s = array("d", [nan]) * count
         self.preemptions = array("q", [0]) * count
+        self.cached_tokens = array("q", [0]) * count
         self.refused: dict[int, str] = {}
         self.finished = 0
 
@@ -59,6 +61,7 @@ class RequestLog:
             self.scheduled_s[row] = nan if sequence.admitted_s is None else sequence.admitted_s
             self.load_wait_s[row] = sequence.load_wait_s
             self.preemptions[row] = sequence.preemptions
+            self.cached_tokens[row] = sequence.found_tokens
         self.finished += len(step.finishing)
 
 
@@ -116,7 +119,7 @@ class Observer:
         if changes != self._adapter_changes:
             self._adapter_changes, self._adapter_pages = changes, residency.pages_held
             usage.adapter_pages_max = max(usage.adapter_pages_max, self._adapter_pages)
-        self._kv_pages = kv_pages = scheduler.pool.num_used - self._adapter_pages
+        self._kv_pages = kv_pages = scheduler.kv_pages
         self._sequences = sequences = scheduler.num_running
         if kv_pages > usage.kv_pages_max:
             usage.kv_pages_max = kv_pages
@@ -145,6 +148,12 @@ class Observer:
         """Note what a step made."""
         if step.prefills or step.finishing:
             self._log.completed(step, now_s)
+
+    def refused(self, sequence: Sequence, reason: str) -> None:
+        """Note a request that the scheduler turned away while it waited."""
+        row = sequence.request.request_id
+        assert isinstance(row, int)
+        self._log.refused[row] = reason
 
     def _add(self, shape: StepShape, steps: int, duration_s: float, gpu_s: float) -> None:
         usage = self.usage

@@ -53,7 +53,7 @@ class StepTimes(Protocol):
 
 
 class Replica:
-    """Scheduler, cost model and load queue on a clock. `on_end` is called with each sequence that ends."""
+    """Scheduler, cost model and load queue on a clock. `on_end` is called with each sequence that ends or is turned away."""
 
     def __init__(
         self,
@@ -63,10 +63,11 @@ class Replica:
         observer: Observer,
         on_end: Callable[[Sequence], None],
         *,
+        loads: LoadQueue | None = None,
         fast_forward: bool = True,
     ) -> None:
         self.scheduler = scheduler
-        self.loads = LoadQueue(costs.load_s)
+        self.loads = LoadQueue(costs.load_s) if loads is None else loads
         self.observer = observer
         self._clock = clock
         self._costs = costs
@@ -119,6 +120,9 @@ class Replica:
         for adapter in self.loads.ended(now_s):
             self.scheduler.load_finished(adapter, now_s)
         step = self.scheduler.schedule(now_s)
+        for sequence, reason in self.scheduler.take_refused():
+            self.observer.refused(sequence, reason)
+            self._on_end(sequence)
         loads = self.scheduler.take_loads()
         if loads:
             self.loads.add(loads, now_s)

@@ -11,6 +11,7 @@ import numpy as np
 from engine.adapter import AdapterSpec, adapters_of_trace
 from engine.blueprint import Blueprint, blueprint
 from engine.config import ServingConfig
+from engine.prefix_keys import BlockKeys
 from sim.bottleneck import bottleneck, facts_of, utilisation_of
 from sim.clock import Clock
 from sim.cluster import Arrivals, Cluster
@@ -69,7 +70,8 @@ def simulate(
     log = RequestLog(len(trace))
     steps: list[StepRow] | None = [] if record_steps else None
     cluster = Cluster(clock, plan, costs, log, steps=steps, fast_forward=fast_forward)
-    Arrivals(clock, cluster, trace, _asker(abort, log))
+    keys = BlockKeys(config.page_tokens) if config.prefix_caching else None
+    Arrivals(clock, cluster, trace, _asker(abort, log), keys)
     try:
         clock.run()
         aborted = False
@@ -139,5 +141,6 @@ def _columns(trace: Trace, adapters: Mapping[str, AdapterSpec], log: RequestLog)
         "rank": ranks[source.adapter_index],
         "load_wait_s": np.array(log.load_wait_s),
         "preemptions": np.array(log.preemptions),
+        "cached_tokens": np.array(log.cached_tokens),
         "refused": refused,
     }

@@ -185,6 +185,7 @@ def _trace(record: RunRecord, name: str) -> Trace:
             requests[column].tolist()
             for column in ("id", "arrival_s", "prompt_tokens", "output_tokens", "adapter", "rank")
         ),
+        requests["prefix_blocks"].tolist() if "prefix_blocks" in requests else [None] * len(requests),
         strict=True,
     )
     return Trace(
@@ -198,8 +199,9 @@ def _trace(record: RunRecord, name: str) -> Trace:
                 rank=int(rank)
                 if isinstance(adapter, str) and rank is not None and not pd.isna(rank)
                 else None,
+                prefix_blocks=tuple(blocks) if isinstance(blocks, list) else None,
             )
-            for id_, arrival_s, prompt_tokens, output_tokens, adapter, rank in rows
+            for id_, arrival_s, prompt_tokens, output_tokens, adapter, rank, blocks in rows
         ),
         name,
     )

@@ -73,6 +73,7 @@ def metrics(
     values["adapter_loads"] = adapter_loads
     values["adapter_hit_rate"] = _hit_rate(requests, column)
     values["preemptions"] = int(np.nansum(column["preemptions"]))
+    values["prefix_hit_rate"] = _prefix_hit_rate(column)
     return values
 
 
@@ -100,9 +101,11 @@ def _columns(requests: Mapping[str, Any] | pd.DataFrame) -> dict[str, Floats]:
         "scheduled_s",
         "first_token_s",
         "finish_s",
+        "prompt_tokens",
         "output_tokens",
         "load_wait_s",
         "preemptions",
+        "cached_tokens",
     )
     return {name: np.asarray(requests[name], dtype=np.float64) for name in names}
 
@@ -142,3 +145,10 @@ def _hit_rate(requests: Mapping[str, Any] | pd.DataFrame, column: Mapping[str, F
     asked = np.array([isinstance(name, str) for name in names.tolist()], dtype=bool)
     waits_s = column["load_wait_s"][asked & ~np.isnan(column["scheduled_s"])]
     return float((waits_s == 0.0).mean()) if len(waits_s) else math.nan
+
+
+def _prefix_hit_rate(column: Mapping[str, Floats]) -> float:
+    """Return the share of the scheduled requests' prompt tokens that the prefix cache had."""
+    scheduled = ~np.isnan(column["scheduled_s"])
+    prompt_tokens = column["prompt_tokens"][scheduled].sum()
+    return float(column["cached_tokens"][scheduled].sum() / prompt_tokens) if prompt_tokens else math.nan

@@ -38,7 +38,9 @@ REQUEST_COLUMNS = (
     "rank",
     "load_wait_s",
     "preemptions",
+    "cached_tokens",
 )
+COLUMNS_SINCE = {"cached_tokens": 0}  # columns that older records do not have -> what they are there
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -46,7 +48,8 @@ class RunRecord:
     """One replay.
 
     `run`: configuration, hardware, versions, commit, backend, totals. `requests`: one row a request with at
-    least REQUEST_COLUMNS, times in seconds from the trace's start, NaN where it did not come to that.
+    least REQUEST_COLUMNS, times in seconds from the trace's start, NaN where it did not come to that; also
+    `prefix_blocks` where the trace has them.
     `steps`: one row a step, scalars and short lists.
     """
 
@@ -103,6 +106,9 @@ def read_run(path: str | os.PathLike[str]) -> RunRecord:
         raise TraceError(f"{folder}: no such run record")
     rows = [row for _, row in json_lines(folder / REQUESTS_FILE)]
     requests = pd.DataFrame(rows) if rows else pd.DataFrame(columns=pd.Index(REQUEST_COLUMNS))
+    for name, value in COLUMNS_SINCE.items():
+        if name not in requests.columns:
+            requests[name] = value
     missing = [name for name in REQUEST_COLUMNS if name not in requests.columns]
     if missing:
         raise TraceError(f"{folder / REQUESTS_FILE}: column {missing[0]} is missing")
@@ -120,7 +126,7 @@ def _check_numbers(path: Path, requests: pd.DataFrame) -> None:
         for position, value in enumerate(requests[name].tolist()):
             missing = value is None or value != value
             number = isinstance(value, int | float) and not isinstance(value, bool)
-            counts = name in ("prompt_tokens", "output_tokens", "preemptions")
+            counts = name in ("prompt_tokens", "output_tokens", "preemptions", "cached_tokens")
             whole = not counts or (number and not missing and float(value).is_integer())
             if not (number or missing) or not whole or (missing and name == "arrival_s"):
                 raise TraceError(f"{path}:{position + 1}: {name} has a wrong value: {value!r}")

@@ -187,6 +187,6 @@ def test_an_adapter_without_path_gets_seeded_random_weights(world):
             plan, load_weights(world.folder, plan.model, torch.float32, "cpu"), torch.device("cpu"), seed=seed
         )
         assert list(runner.store.register_all()) == ["x"]
-        images.append(runner.store["x"].image.clone())
+        images.append(runner.store.image("x"))
     assert torch.equal(images[0], images[1])
     assert not torch.equal(images[0], images[2])

@@ -11,7 +11,10 @@ from engine.engine import Engine
 from engine.model_shape import ModelShape
 from engine.requests import Request
 from engine.runner import Runner
+from engine.sampling import GREEDY, Sampling
 from engine.weights import random_weights
+from kernels import sample_ref, top_p_threshold_ref
+from kernels.sample_params import POSITION, sample_params
 
 pytestmark = pytest.mark.gpu
 
@@ -88,8 +91,8 @@ class Recorder(Engine):
         self._captured = captured
         launch = runner.launch
 
-        def recording_launch(step, tokens_of):
-            flight = launch(step, tokens_of)
+        def recording_launch(step, *arguments):
+            flight = launch(step, *arguments)
             rows = self._captured.get(runner.key(step), self._last)
             self._held[step.index] = rows.float().clone()
             return flight
@@ -103,7 +106,7 @@ class Recorder(Engine):
         super()._end(flight, host_s)
 
 
-def serve(engine, seed=0):
+def serve(engine, seed=0, samplings=(GREEDY,)):
     rng = np.random.default_rng(seed)
     names = [None, *SPECS]
     generations = []
@@ -116,7 +119,7 @@ def serve(engine, seed=0):
             output_tokens=int(rng.integers(1, 24)),
             adapter=names[number % len(names)],
         )
-        generations.append(engine.add(request, prompt))
+        generations.append(engine.add(request, prompt, samplings[number % len(samplings)]))
     engine.drain()
     engine.scheduler.check_integrity()
     return generations
@@ -143,3 +146,29 @@ def test_triton_in_graphs_equals_the_reference(shape, changes):
             compared += 1
     total = sum(len(generation.tokens) for generation in ours)
     assert compared > 0.6 * total, f"only {compared} of {total} rows could be compared"
+
+
+def test_tokens_of_graphs_are_those_that_the_reference_draws_from_the_same_logits():
+    samplings = (
+        GREEDY,
+        Sampling(temperature=1.0, top_p=0.9, seed=1),
+        Sampling(temperature=0.6, seed=2**63),
+        Sampling(temperature=2.0, top_p=0.3, seed=-7),
+        Sampling(temperature=1.0, top_p=1e-9, seed=3),
+    )
+    engine = Recorder(SHAPES["gqa"], "triton", True)
+    drawn = 0
+    for number, generation in enumerate(serve(engine, samplings=samplings)):
+        sampling = samplings[number % len(samplings)]
+        first = len(generation.prompt)
+        for position, (token, row) in enumerate(
+            zip(generation.tokens, engine.logits[number], strict=True), start=first
+        ):
+            params = torch.from_numpy(sample_params(sampling.temperature, sampling.top_p, sampling.seed))[
+                None
+            ]
+            params[0, POSITION] = position
+            thresholds = top_p_threshold_ref.top_p_threshold(row[None], params)
+            assert token == sample_ref.scores(row[None], params, thresholds).argmax(), f"request {number}"
+            drawn += sampling.temperature > 0
+    assert drawn > 100

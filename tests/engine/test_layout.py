@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from engine.adapter import AdapterSpec, adapters_of_trace, load_adapters
 from engine.errors import UserError
-from engine.layout import ROW_ALIGN_BYTES, adapter_layout, page_geometry, row_lengths
+from engine.layout import ROW_ALIGN_BYTES, adapter_layout, page_geometry, row_counts, row_lengths
 from engine.model_shape import MODULES, ModelShape, load_model_shape
 
 EIGHT_B = load_model_shape("llama-3.1-8b")
@@ -117,9 +117,30 @@ def test_replicated_rows_at_tp_2():
     assert lengths["k_proj"] == (4096, 512)
     assert lengths["o_proj"] == (2048, 4096)
     assert lengths["down_proj"] == (7168, 4096)
-    assert row_lengths(EIGHT_B, 1, "slora") == row_lengths(EIGHT_B)
-    with pytest.raises(UserError, match="not supported yet"):
-        row_lengths(EIGHT_B, 2, "slora")
+    assert row_counts((3, 0, 16, 1, 8, 64, 5), 2) == tuple((r, r) for r in (3, 0, 16, 1, 8, 64, 5))
+
+
+def test_block_diagonal_rows_are_the_replicated_ones_of_a_part_of_the_rank():
+    assert row_lengths(EIGHT_B, 2, "block_diagonal") == row_lengths(EIGHT_B, 2)
+    assert row_counts((16,) * 7, 2, "block_diagonal") == ((8, 8),) * 7
+
+
+def test_slora_cuts_ranks_of_column_modules_and_outputs_of_all():
+    lengths = dict(zip(MODULES, row_lengths(EIGHT_B, 2, "slora"), strict=True))
+    assert lengths["q_proj"] == (4096, 2048)
+    assert lengths["o_proj"] == (2048, 2048)
+    assert lengths["down_proj"] == (7168, 2048)
+    counts = dict(zip(MODULES, row_counts((16, 16, 16, 16, 3, 3, 3), 2, "slora"), strict=True))
+    assert counts["q_proj"] == (8, 16)
+    assert counts["o_proj"] == (16, 16)
+    assert counts["gate_proj"] == (2, 3)
+    assert counts["down_proj"] == (3, 3)
+
+
+@pytest.mark.parametrize("sharding", ["replicated", "block_diagonal", "slora"])
+def test_on_one_gpu_every_sharding_is_the_same(sharding):
+    assert row_lengths(EIGHT_B, 1, sharding) == row_lengths(EIGHT_B)
+    assert row_counts((16, 0, 3, 1, 8, 64, 5), 1, sharding) == row_counts((16, 0, 3, 1, 8, 64, 5))
 
 
 def test_pages_that_do_not_fit():

@@ -208,14 +208,14 @@ def test_small_kernels(monkeypatch):
         "add_rms_norm",
         "silu_mul",
         "rotary_write_kv",
-        "greedy_sample",
+        "sample greedy",
+        "sample temperature",
+        "sample top_p_0.9",
     ]
     assert all(row["rel_err"] < 1e-2 for row in rows)
-    monkeypatch.setattr(
-        elementwise_bench, "greedy_sample", lambda logits, slots, last, arrivals, out: out.fill_(301)
-    )
-    with pytest.raises(graph_time.WrongResultError, match="greedy_sample of 2"):
-        elementwise_bench.bench_greedy_sample(2, 1)
+    monkeypatch.setattr(elementwise_bench, "sample", lambda *_, out: out.fill_(299))
+    with pytest.raises(graph_time.WrongResultError, match="sample greedy of 2"):
+        elementwise_bench.bench_sampling(2, 1, "greedy", 0.0, 1.0)
 
 
 def test_the_command_writes_a_table_and_json(tmp_path, capsys, monkeypatch):

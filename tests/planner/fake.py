@@ -43,7 +43,9 @@ def simulate(trace: Trace, config: ServingConfig, costs: Any, *, slo: Slo, **_: 
         "output_tokens": trace.columns.output_tokens,
         "adapter": np.full(len(trace), None, dtype=object),
         "load_wait_s": np.zeros(len(trace)),
+        "prompt_tokens": trace.columns.prompt_tokens,
         "preemptions": np.zeros(len(trace)),
+        "cached_tokens": np.zeros(len(trace)),
     }
     columns["finish_s"] = columns["first_token_s"] + 0.5 * slo.tpot_s * (trace.columns.output_tokens - 1)
     use = Utilisation(

@@ -3,13 +3,16 @@
 import numpy as np
 import pytest
 
+from engine.config import ServingConfig
 from engine.errors import UserError
 from engine.model_shape import MODEL_CATALOGUE
+from planner.bounds import bounds
 from planner.probe import Probe, out_of_reach
 from planner.rate import highest_scale
 from planner.workload import Workload, busiest, max_model_len, repeated
 from sim.simulate import Progress
 from tests.planner.fake import even_trace
+from tests.sim.constant import ConstantCosts
 from traces import Trace, TraceRequest
 from traces.metrics import Slo
 
@@ -76,6 +79,32 @@ def test_a_trace_repeated_keeps_its_rate() -> None:
     assert len(thrice) == 150
     assert thrice.rate_rps == pytest.approx(4.0)
     assert np.all(np.diff(thrice.columns.arrival_s) > 0)
+
+
+def shared_prompts() -> Trace:
+    blocks = [(0, 1), (0, 2), None, (0, 1)]
+    return Trace(
+        TraceRequest(id=i, arrival_s=float(i), prompt_tokens=1024, output_tokens=1, prefix_blocks=row)
+        for i, row in enumerate(blocks)
+    )
+
+
+def test_copies_of_a_trace_share_no_prefix() -> None:
+    twice = repeated(shared_prompts(), 2).columns.prefix_blocks
+    assert twice is not None
+    assert twice[:4] == shared_prompts().columns.prefix_blocks
+    assert twice[4:] == ((3, 4), (3, 5), None, (3, 4))
+
+
+def test_a_bound_counts_no_tokens_that_may_be_in_the_prefix_cache() -> None:
+    trace, costs, slo = shared_prompts(), ConstantCosts(step=0.0, token=0.001), Slo(attainment=0.5)
+    on, off = (bounds(trace, ServingConfig(prefix_caching=wanted), costs, slo) for wanted in (True, False))
+    assert off.rate_rps == pytest.approx(1 / 1.024)
+    assert on.rate_rps == pytest.approx(
+        4 / (1.024 + 0.512 + 1.024 + 0.001)
+    )  # the last is there but for a token
+    assert off.ttft_s == pytest.approx(1.024)
+    assert on.ttft_s == pytest.approx(0.512)
 
 
 def test_requests_at_one_instant_have_no_rate() -> None:

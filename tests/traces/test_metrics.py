@@ -14,10 +14,12 @@ REQUESTS = {
     "scheduled_s": [0.0, 1.5, 2.0, NAN],
     "first_token_s": [1.0, 2.0, 2.25, NAN],
     "finish_s": [5.0, 2.0, 4.25, NAN],
+    "prompt_tokens": [40, 10, 50, 70],
     "output_tokens": [5, 1, 3, 7],
     "adapter": ["a", None, "b", "a"],
     "load_wait_s": [0.0, 0.0, 0.5, 0.0],
     "preemptions": [0, 0, 2, 0],
+    "cached_tokens": [0, 0, 32, 0],
 }
 
 
@@ -32,6 +34,7 @@ def test_metrics_by_hand():
         "adapter_loads",
         "adapter_hit_rate",
         "preemptions",
+        "prefix_hit_rate",
     ]
     assert values["requests"] == 4
     assert values["throughput_rps"] == 3 / 5
@@ -45,6 +48,7 @@ def test_metrics_by_hand():
     assert values["adapter_loads"] == 2
     assert values["adapter_hit_rate"] == 1 / 2
     assert values["preemptions"] == 2
+    assert values["prefix_hit_rate"] == 32 / 100  # the refused request's prompt does not count
 
 
 def test_attainment_needs_every_bound():
@@ -58,7 +62,10 @@ def test_what_cannot_be_told_is_nan():
     values = metrics(nothing)
     assert values["requests"] == 1
     assert values["slo_attainment"] == 0.0
-    assert all(math.isnan(values[name]) for name in ("throughput_rps", "ttft_p50_s", "adapter_hit_rate"))
+    assert all(
+        math.isnan(values[name])
+        for name in ("throughput_rps", "ttft_p50_s", "adapter_hit_rate", "prefix_hit_rate")
+    )
 
 
 def test_a_data_frame_is_taken_too():

@@ -1,3 +1,4 @@
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ from traces.run_record import REQUEST_COLUMNS, RunRecord, check_free, find_runs,
 
 def record(**run: Any) -> RunRecord:
     rows = [
-        (0, 0.0, 0.1, 0.30000049, 1.5, 10, 20, "a0001", 8, 0.05, 0),
-        (1, 0.5, 0.6, np.nan, np.nan, 7, 9, None, None, 0.0, 2),
+        (0, 0.0, 0.1, 0.30000049, 1.5, 10, 20, "a0001", 8, 0.05, 0, 0),
+        (1, 0.5, 0.6, np.nan, np.nan, 7, 9, None, None, 0.0, 2, 4),
     ]
     steps = pd.DataFrame(
         {
@@ -48,6 +49,23 @@ def test_what_is_written_is_what_is_read(tmp_path: Path) -> None:
         "graph": [True, False],
     }
     assert sorted(path.name for path in (tmp_path / "deep").iterdir()) == ["run"]
+
+
+def test_a_record_from_before_prefix_caching_has_no_cached_tokens(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", record())
+    file = tmp_path / "run" / "requests.jsonl.gz"
+    rows = [json.loads(line) for line in gzip.decompress(file.read_bytes()).splitlines()]
+    for row in rows:
+        del row["cached_tokens"]
+    file.write_bytes(gzip.compress("\n".join(json.dumps(row) for row in rows).encode()))
+    assert read_run(tmp_path / "run").requests["cached_tokens"].tolist() == [0, 0]
+
+
+def test_prefix_blocks_are_kept(tmp_path: Path) -> None:
+    full = record()
+    requests = full.requests.assign(prefix_blocks=pd.Series([(0, 5), None], dtype=object))
+    write_run(tmp_path / "run", RunRecord(run={}, requests=requests, steps=full.steps))
+    assert read_run(tmp_path / "run").requests["prefix_blocks"].tolist() == [[0, 5], None]
 
 
 def test_a_record_without_rows_comes_back_empty(tmp_path: Path) -> None:
@@ -113,8 +131,6 @@ def test_a_damaged_record_is_named(tmp_path: Path, file: str, text: str, message
     (tmp_path / "run" / file).unlink()
     (tmp_path / "run" / file.removesuffix(".gz")).write_text(text)
     if file.endswith(".gz"):
-        import gzip
-
         (tmp_path / "run" / file).write_bytes(gzip.compress(text.encode()))
     with pytest.raises(TraceError) as caught:
         read_run(tmp_path / "run")
@@ -122,8 +138,6 @@ def test_a_damaged_record_is_named(tmp_path: Path, file: str, text: str, message
 
 
 def test_steps_are_stored_by_column(tmp_path: Path) -> None:
-    import gzip
-
     write_run(tmp_path / "run", record())
     lines = gzip.decompress((tmp_path / "run" / "steps.jsonl.gz").read_bytes()).decode().splitlines()
     assert json.loads(lines[0]) == {"columns": ["start_s", "decodes", "chunks", "graph"]}
