@@ -130,7 +130,8 @@ def _layout(
 ) -> AdapterLayout:
     if spec.kind != "lora":
         raise UserError(f"adapter {spec.name!r}: kind {spec.kind!r} is not supported yet")
-    return adapter_layout(model, spec.module_ranks, geometry, tp=config.tp, sharding=config.lora_sharding)
+    sharding = "slora" if config.lora_sharding == "slora_published" else config.lora_sharding
+    return adapter_layout(model, spec.module_ranks, geometry, tp=config.tp, sharding=sharding)
 
 
 def _footprint(

@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -197,4 +197,4 @@ def _only(data: dict[str, Any], known: tuple[str, ...]) -> None:
 
 def base_name(model: str) -> str:
     """Return a model's name for clients: a path's last part."""
-    return PurePosixPath(model).name or model
+    return Path(model).resolve().name or model

@@ -27,6 +27,8 @@ class TextCodec:
         self._fast = (
             tokenizer.backend_tokenizer
         )  # without transformers' wrapping, which costs four times as much
+        self._fast.no_truncation()
+        self._fast.no_padding()
         self.vocab_size = vocab_size
         self.stop_tokens = stop_tokens
 
