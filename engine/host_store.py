@@ -25,7 +25,9 @@ from engine.peft_adapter import fingerprint, load_peft_adapter, pack, pack_rando
 
 READERS = 4  # threads that read and pack adapters; torch's own threads help each of them
 SLAB_BYTES = 4 * 2**30  # most memory that is pinned in one call
-GROWTH_BYTES = 2**30  # least that is pinned at a time while serving
+GROWTH_BYTES = (
+    2**28
+)  # least that is pinned at a time while serving: little, as CUDA calls of other threads may wait for it
 
 
 @dataclass(slots=True, eq=False)
@@ -249,22 +251,20 @@ class HostStore:
                 extents = self._pages.allocate(count)
             if extents is not None:
                 return extents
-            with self._growth:
-                self._grow(count, least_bytes=GROWTH_BYTES)
+            self._grow(count, least_bytes=GROWTH_BYTES)
 
     def _grow(self, count: int, least_bytes: int = 0) -> None:
         """Pin memory until `count` pages are free; at most as much as the bound allows."""
-        geometry = self._blueprint.geometry
-        most = self.cache.capacity_bytes
-        while (short := count - self._pages.num_free) > 0:
-            pages = min(
-                max(short, least_bytes // geometry.page_bytes), max(1, SLAB_BYTES // geometry.page_bytes)
-            )
-            if most is not None:
-                pages = min(pages, most // geometry.page_bytes - self._pages.num_pages)
-            slab = new_slab(pages, geometry.page_elems, self._dtype, self._device)
-            with self._lock:
-                self._pages.add(slab)
+        page_bytes, most = self._blueprint.geometry.page_bytes, self.cache.capacity_bytes
+        slab_pages = max(1, SLAB_BYTES // page_bytes)
+        with self._growth:
+            while (short := count - self._pages.num_free) > 0:
+                pages = min(max(short, least_bytes // page_bytes), slab_pages)
+                if most is not None:
+                    pages = min(pages, most // page_bytes - self._pages.num_pages)
+                slab = new_slab(pages, self._blueprint.geometry.page_elems, self._dtype, self._device)
+                with self._lock:
+                    self._pages.add(slab)
 
     # ---- contents ----
 

@@ -109,7 +109,9 @@ class _Feeder:
         """Note what has arrived and start as many loads."""
         loader = self._runner.loader
         self.num_bytes += sum(self._sizes[name] for name in loader.finished())
-        while loader.num_loading < min(IN_FLIGHT, len(self._loads)):
+        for _ in range(
+            min(IN_FLIGHT, len(self._loads)) - loader.num_loading
+        ):  # no more: they may end as fast as they start
             loader.start(self._loads[self._next % len(self._loads)])
             self._next += 1
             if self._runner.device.type != "cuda":

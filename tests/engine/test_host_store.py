@@ -5,6 +5,7 @@ import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from math import inf
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from engine.host_pages import Extent, HostPages, new_slab
 from engine.runner import Runner
 from engine.step import Load
 from engine.weights import load_weights
+from sim.loads import LoadQueue
 from tests.engine.test_engine import World, check, requests
 from tests.engine.tiny import save_adapter, save_model, tiny_model
 
@@ -181,6 +183,23 @@ def test_random_adapters_depend_on_seed_and_name_alone(saved, images):
     world = Store(saved, specs=other)
     assert all(torch.equal(world.store.image(name), images[name]) for name in other)
     assert not torch.equal(images["r0"][0, 1000:2000], images["r1"][0, 1000:2000])
+
+
+def test_the_simulator_sees_the_same_hits(saved):
+    world = Store(saved, lambda sizes: 3 * sizes["f0"])
+    host = world.plan.new_host_cache()
+    simulated = LoadQueue(lambda num_bytes: 1.0, host)
+    hits = []
+    for name in np.random.default_rng(0).choice(world.names, 40).tolist():
+        assert [world.where(name) for name in world.names] == [host.where(name) for name in world.names]
+        hits.append(world.where(name) == "host")
+        load = world.load(name)
+        world.loader.start(load)
+        assert world.settle() == ([name], [])
+        simulated.add([load], 0.0)
+        assert simulated.ended(inf) == [name]
+    assert 5 < sum(hits) < 35
+    assert simulated.disk_reads == len(hits) - sum(hits)
 
 
 # ---- what can go wrong ----

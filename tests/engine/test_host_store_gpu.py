@@ -86,6 +86,7 @@ def settle(runner):
         finished += runner.loader.finished()
         assert runner.loader.failed() == []
         assert time.monotonic() < until
+        time.sleep(1e-4)  # lets the threads that read have the interpreter
     finished += runner.loader.finished()
     runner.store.check_integrity()
     return finished

@@ -141,6 +141,15 @@ Q0 = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
         (lambda t: t.update({"base_model.model.lm_head.lora_A.weight": torch.zeros(8, 64)}), "is unexpected"),
         (lambda t: t.update({Q0.format("A").replace("0", "7"): torch.zeros(8, 64)}), "is unexpected"),
         (lambda t: t.update({Q0.format("magnitude"): torch.zeros(8)}), "is unexpected"),
+        (lambda t: t.update({Q0.format("A").replace("0", "9" * 5000): torch.zeros(1)}), "is unexpected"),
+        (lambda t: t.update({"two\nlines": torch.zeros(1)}), r"two\?lines is unexpected"),
+        (
+            lambda t: t.update(
+                {Q0.format("A").replace("model.model.model", "model.model"): torch.zeros(8, 64)}
+            ),
+            "are of the same factor",
+        ),
+        (lambda t: t.update({"padding": torch.zeros(2**20)}), "at most"),
     ],
 )
 def test_refuses_bad_tensors(change, message, model, shape, tmp_path):
@@ -165,6 +174,12 @@ def test_refuses_other_files(model, shape, tmp_path):
         with pytest.raises(UserError, match="truncated or corrupt"):
             load_peft_adapter(tmp_path, shape)
     path.unlink()
+    config = tmp_path / "adapter_config.json"
+    small = config.read_bytes()
+    config.write_bytes(small + b" " * 2**20)
+    with pytest.raises(UserError, match=r"adapter_config\.json: larger than"):
+        load_peft_adapter(tmp_path, shape)
+    config.write_bytes(small)
     with pytest.raises(UserError, match="no weights"):
         load_peft_adapter(tmp_path, shape)
     (tmp_path / "adapter_model.bin").write_bytes(b"x")

@@ -163,10 +163,11 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--workers", type=int, default=24)
+    parser.add_argument("--pages", type=int, default=28, help="so few that requests preempt each other")
     parser.add_argument("--failures", action="store_true")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        server = World(Path(folder)).server(num_pages=60, max_num_seqs=8, max_adapters=3)
+        server = World(Path(folder)).server(num_pages=options.pages, max_num_seqs=8, max_adapters=3)
         began_s = time.monotonic()
         with running(server) as process:
             soak = Soak(process, options.minutes, options.failures)

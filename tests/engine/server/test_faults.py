@@ -76,7 +76,7 @@ def test_adapters_that_came_while_serving_outlive_a_failure(world, process):
 def test_an_engine_that_cannot_be_started_anew_says_so(world):
     server = world.server()
     with running(server) as process:
-        original = server.engine._engine.reset
+        original = server.engine.thread.engine.reset
         break_once(process, "", "reset")
         break_once(process, "scheduler", "schedule")
         with pytest.raises(openai.InternalServerError):
@@ -85,7 +85,7 @@ def test_an_engine_that_cannot_be_started_anew_says_so(world):
         with pytest.raises(openai.InternalServerError, match="could not be started anew"):
             complete(process.client())
         assert httpx.get(f"{process.url}/metrics").status_code == 503
-        server.engine.dead = False  # so that the accounts can be looked at
+        server.engine.thread.dead = False  # so that the accounts can be looked at
         process.inspect(lambda engine: original("test"))
 
 

@@ -1,6 +1,7 @@
 """The HTTP surface without a client library: status codes, OpenAI's error shape, health and metrics."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx2 as httpx
 import pytest
@@ -122,3 +123,26 @@ def test_a_full_queue_answers_429_and_when_to_come_again(world):
         assert "queue is full" in error_of(answer, 429)
         assert int(answer.headers["Retry-After"]) >= 1
         assert http.post("/v1/completions", json=BODY | {"prompt": ["a", "b"]}).is_success
+
+
+def test_what_would_come_too_late_is_turned_away_with_a_429(world):
+    server = world.server(scheduler="slo", ttft_slo_s=1e-9)
+    with running(server) as process, httpx.Client(base_url=process.url) as http:
+        for stream in (False, True):
+            answer = http.post("/v1/completions", json=BODY | {"stream": stream})
+            assert error_of(answer, 429)
+            assert int(answer.headers["Retry-After"]) >= 1
+
+
+@pytest.mark.parametrize("scheduler", ["fcfs", "clustered", "fair", "slo"])
+def test_every_scheduler_serves_a_mix(world, scheduler):
+    names = ["red", "blue", "tiny-base", "red"] * 2
+    expected = [world.text(name, "Hi", 3) for name in names]
+    with running(world.server(scheduler=scheduler, ttft_slo_s=60.0, max_num_seqs=3)) as process:
+        client = process.client()
+
+        def ask(name):
+            return client.completions.create(**BODY | {"model": name}).choices[0].text
+
+        with ThreadPoolExecutor(len(names)) as pool:
+            assert list(pool.map(ask, names)) == expected
