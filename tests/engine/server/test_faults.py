@@ -183,7 +183,7 @@ def test_what_does_not_finish_while_draining_ends_with_an_error_that_says_why(wo
 
 @pytest.mark.slow
 def test_500_connections_at_once_are_all_answered(world):
-    """A third of them stream, a third leave before the end."""
+    """A fifth of them leave before the end."""
     expected = {name: world.text(name, "Hello", 4) for name in (BASE, "red", "blue")}
 
     def ask(number):

@@ -55,7 +55,7 @@ nearly = st.fixed_dictionaries(
     },
 )
 SETTINGS = settings(
-    max_examples=100,
+    max_examples=80,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
@@ -88,7 +88,7 @@ def test_requests_that_are_nearly_right(http, path, body):
     check(http.post(path, content=json.dumps(body), headers={"Content-Type": "application/json"}))
 
 
-@settings(SETTINGS, max_examples=60)
+@settings(SETTINGS, max_examples=50)
 @given(
     path=st.sampled_from(PATHS),
     body=st.binary(max_size=60),
@@ -109,7 +109,7 @@ def test_bytes_of_any_kind(http, path, body, kind, length):
         check(http.post(path, content=body, headers=headers))
 
 
-@settings(SETTINGS, max_examples=60)
+@settings(SETTINGS, max_examples=50)
 @given(
     method=st.sampled_from(["GET", "HEAD", "PUT", "DELETE", "OPTIONS", "PATCH"]),
     path=st.text(st.characters(codec="ascii", exclude_characters="#?\\"), max_size=15).map(
