@@ -15,6 +15,9 @@ Op = Callable[..., Any]
 class Ops:
     """One function an operation; the signatures are those of `kernels/`."""
 
+    fetch_from_host: Op
+    scatter_from_host_: Op
+    send_to_host: Op
     gather_tokens: Op
     rms_norm: Op
     add_rms_norm_: Op
@@ -37,6 +40,7 @@ def ops_for(backend: Backend) -> Ops:
 
 def _triton_ops() -> Ops:
     from kernels.gather_tokens import gather_tokens
+    from kernels.host_memory import fetch_from_host, scatter_from_host_, send_to_host
     from kernels.lora_expand import lora_expand_
     from kernels.lora_shrink import lora_shrink
     from kernels.paged_decode_attention import paged_decode_attention
@@ -48,6 +52,9 @@ def _triton_ops() -> Ops:
     from kernels.top_p_threshold import top_p_threshold
 
     return Ops(
+        fetch_from_host=fetch_from_host,
+        scatter_from_host_=scatter_from_host_,
+        send_to_host=send_to_host,
         gather_tokens=gather_tokens,
         rms_norm=rms_norm,
         add_rms_norm_=add_rms_norm_,
@@ -64,6 +71,7 @@ def _triton_ops() -> Ops:
 
 def _reference_ops() -> Ops:
     from kernels.gather_tokens_ref import gather_tokens
+    from kernels.host_memory_ref import fetch_from_host, scatter_from_host_, send_to_host
     from kernels.lora_expand_ref import lora_expand_ref_
     from kernels.lora_shrink_ref import lora_shrink_ref
     from kernels.paged_decode_attention_ref import paged_decode_attention
@@ -75,6 +83,9 @@ def _reference_ops() -> Ops:
     from kernels.top_p_threshold_ref import top_p_threshold
 
     return Ops(
+        fetch_from_host=fetch_from_host,
+        scatter_from_host_=scatter_from_host_,
+        send_to_host=send_to_host,
         gather_tokens=gather_tokens,
         rms_norm=rms_norm,
         add_rms_norm_=add_rms_norm_,

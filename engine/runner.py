@@ -83,6 +83,7 @@ class Runner:
         self._layouts: dict[int, BatchLayout] = {}
         most_tokens = padded_tokens(config.max_num_batched_tokens, config.graph_max_tokens)
         bridge = self._bridge_elems(most_tokens)
+        self.ops = ops_for(config.backend)
         self.buffers = new_buffers(
             config,
             blueprint.model,
@@ -98,7 +99,7 @@ class Runner:
             config,
             blueprint.geometry,
             weights,
-            ops_for(config.backend),
+            self.ops,
             self.buffers,
             self._limits.max_rank,
         )
@@ -117,7 +118,6 @@ class Runner:
         updates = 2 * config.max_num_seqs * self.buffers.page_table.shape[1]
         metadata = max(self.layout(size).size for size in self._sizes(most_tokens))
         self.device_metadata = torch.zeros(metadata, dtype=torch.int32, device=device)
-        self._device_updates = torch.zeros(updates, dtype=torch.int32, device=device)
         self._host = [
             _HostBuffers(
                 torch.zeros(metadata + updates, dtype=torch.int32, pin_memory=pin),
@@ -170,11 +170,9 @@ class Runner:
             started.record()  # before the copy: that too takes the GPU's time
         self.send(layout, host.metadata, updates)
         tokens = self.run(key, layout)
+        self.ops.send_to_host(tokens, host.tokens[: len(tokens)])
         if ended is not None:
-            host.tokens[: len(tokens)].copy_(tokens, non_blocking=True)
             ended.record()
-        else:
-            host.tokens[: len(tokens)] = tokens
         return InFlight(step, sampled, host, launched_s, started, ended)
 
     def wait(self, flight: InFlight) -> tuple[NDArray[np.int64], float]:
@@ -209,15 +207,12 @@ class Runner:
     def send(self, layout: BatchLayout, metadata: torch.Tensor, updates: PageUpdates) -> None:
         """Copy a step's metadata and page table changes to the device. metadata: pinned int32, with room for the changes behind the layout."""
         used = layout.used_size(metadata.numpy())
-        self.device_metadata[:used].copy_(metadata[:used], non_blocking=True)
+        self.ops.fetch_from_host(metadata[:used], self.device_metadata[:used])
         count = len(updates.index)
         if count:
-            tail = metadata[layout.size : layout.size + 2 * count]
-            tail.numpy()[:count] = updates.index
-            tail.numpy()[count:] = updates.page
-            self._device_updates[: 2 * count].copy_(tail, non_blocking=True)
-            index = self._device_updates[:count]
-            self.buffers.page_table.view(-1)[index] = self._device_updates[count : 2 * count]
+            pairs = metadata[layout.size : layout.size + 2 * count].view(2, count)
+            pairs.numpy()[:] = (updates.index, updates.page)
+            self.ops.scatter_from_host_(pairs, self.buffers.page_table.view(-1))
 
     def run(self, key: GraphKey, layout: BatchLayout) -> torch.Tensor:
         """Run the step that the device's metadata describes; return its sampled tokens on the device."""

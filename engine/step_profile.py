@@ -82,9 +82,9 @@ class StepBench:
         used = layout.used_size(self._metadata.numpy())
 
         def call() -> None:
-            runner.device_metadata[:used].copy_(self._metadata[:used], non_blocking=True)
+            runner.ops.fetch_from_host(self._metadata[:used], runner.device_metadata[:used])
             tokens = runner.run(key, layout)
-            self._tokens[: len(tokens)].copy_(tokens, non_blocking=True)
+            runner.ops.send_to_host(tokens, self._tokens[: len(tokens)])
 
         return call
 
