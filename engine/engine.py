@@ -116,15 +116,18 @@ class Engine:
     @property
     def busy(self) -> bool:
         """Whether a turn would find something to do."""
-        return bool(self._generations) or self._in_flight is not None
+        work = self._generations or self._in_flight is not None or self._leaving
+        return bool(work) or self.runner.loader.num_loading > 0
 
     # ---- adapters ----
 
     def register(self, name: str, prepared: PreparedAdapter) -> None:
         """Let requests name an adapter. Raises ValueError where the name is taken."""
+        if self.scheduler.is_registered(name):
+            raise ValueError(f"adapter {name!r} is registered already")
         footprint = self.blueprint.footprint(prepared.spec)
-        self.scheduler.register(name, footprint)
         self.runner.store.put(name, prepared)
+        self.scheduler.register(name, footprint)
 
     def unregister(self, name: str) -> None:
         """Take no more requests for an adapter; those that are there are served, then it is forgotten. Raises ValueError where it is unknown."""

@@ -155,7 +155,9 @@ class FairQueue:
         name = sequence.request.adapter
         tenant = self._tenants.get(name)
         if tenant is None:
-            weight = 1.0 if name is None else self._weights.get(name, 1.0)
+            weight = (
+                1.0 if name is None else self._weights.get(name.partition("#")[0], 1.0)
+            )  # what the server loads again is name#7
             self._tenants[name] = tenant = _Tenant(weight)
         return tenant
 

@@ -8,6 +8,7 @@ How a sequence's tokens are chosen is told when it prefills: `launch(step, token
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -236,6 +237,14 @@ class Runner:
         """
         if self.device.type != "cuda":
             return
+        gc.collect()
+        gc.disable()  # what is freed while a graph is captured may call CUDA, and that spoils the capture
+        try:
+            yield from self._capture_all()
+        finally:
+            gc.enable()
+
+    def _capture_all(self) -> Iterator[GraphKey]:
         config = self.blueprint.config
         pool = torch.cuda.graph_pool_handle()
         most_tokens = padded_tokens(config.max_num_batched_tokens, config.graph_max_tokens)

@@ -71,7 +71,7 @@ def scatter_from_host_(pairs: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
 
 def _check_host(name, tensor, shape, dtype, device):
     check_tensor(name, tensor, shape=tuple(shape), dtypes=(dtype,), device=CPU)
-    if device.type == "cuda" and not tensor.is_pinned():
+    if device.type == "cuda" and tensor.numel() and not tensor.is_pinned():
         raise ValueError(f"{name} must be in pinned memory")
 
 
