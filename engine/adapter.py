@@ -145,16 +145,20 @@ def _parse(line: str, folder: Path) -> AdapterSpec:
     given["path"] = adapter_folder = folder / given["path"]
     # One layer stands for all here; the loader, who knows how many there are, checks that they agree.
     spec = spec_of_peft(given["name"], adapter_folder, num_layers=1)
-    _check_agreement(AdapterSpec(**{"rank": spec.rank, **given}), spec, record)
+    found = {"rank": spec.rank, "kind": spec.kind, "nblocks": spec.nblocks}
+    _check_agreement(AdapterSpec(**{**found, **given}), spec, record)
     return spec
 
 
 def spec_of_peft(name: str, folder: Path, num_layers: int) -> AdapterSpec:
     """Return what a PEFT folder's adapter_config.json describes. Raises UserError for unsupported methods."""
-    ranks = read_peft_config(folder).module_ranks(num_layers)
+    config = read_peft_config(folder)
+    ranks = config.module_ranks(num_layers)
     rank = max(ranks.values())
     return AdapterSpec(
         name=name,
+        kind="lora" if config.nblocks == 1 else "bd_lora",
+        nblocks=config.nblocks,
         rank=rank,
         target_modules=tuple(ranks),
         path=folder,

@@ -15,9 +15,9 @@ from enum import Enum
 import numpy as np
 import torch
 
-from engine.adapter import AdapterSpec
 from engine.errors import UserError
 from engine.host_store import HostAdapter, HostStore
+from engine.layout import AdapterLayout
 from engine.model import Buffers
 from engine.step import Load
 from kernels.lora_plan import RANKS, SLOT, TABLE_UNIT, TILE_COLUMNS
@@ -67,7 +67,7 @@ class AdapterLoader:
             self._failed.append((load.adapter, "the adapter is not registered"))
             return
         adapter = self._store[load.adapter]
-        self.register(load.slot, load.pages, adapter.spec)
+        self.register(load.slot, load.pages, adapter.layout)
         flight = _Flight(load, adapter)
         if not any(other.stage is _Stage.WAITING for other in self._flights):
             self._claim(flight)
@@ -88,12 +88,12 @@ class AdapterLoader:
         failures, self._failed = self._failed, []
         return failures
 
-    def register(self, slot: int, pages: Sequence[int], spec: AdapterSpec) -> None:
-        """Tell where the adapter of a slot is."""
+    def register(self, slot: int, pages: Sequence[int], layout: AdapterLayout) -> None:
+        """Tell where the adapter of a slot is, and how many ranks of it this GPU has."""
         meta = self.adapter_meta[slot]
         meta[TABLE_UNIT] = pages[0] * self._units_per_page
         meta[SLOT] = slot
-        meta[RANKS : RANKS + 7] = spec.module_ranks
+        meta[RANKS : RANKS + 7] = [rows_of_b for _, rows_of_b in layout.counts]
 
     def reset(self) -> None:
         """Forget all loads: wait until none of them touches memory any more, and report none."""

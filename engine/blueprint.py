@@ -10,7 +10,7 @@ from engine.budget import MemoryPlan, geometry_of, plan_memory
 from engine.config import ServingConfig
 from engine.errors import UserError
 from engine.host_cache import HostCache
-from engine.layout import AdapterLayout, PageGeometry, adapter_layout
+from engine.layout import AdapterLayout, PageGeometry, Sharding, adapter_layout, adapter_sharding
 from engine.model_shape import ModelShape, load_model_shape
 from engine.residency import AdapterFootprint
 from engine.scheduler import Scheduler, SchedulerLimits
@@ -52,6 +52,10 @@ class Blueprint:
     def layout_of(self, spec: AdapterSpec) -> AdapterLayout:
         """Return the places of the rows that an adapter like this has on one GPU."""
         return _layout(self.config, self.model, self.geometry, spec)
+
+    def sharding_of(self, spec: AdapterSpec) -> Sharding:
+        """Return how an adapter like this is cut over the GPUs."""
+        return _sharding(self.config, self.model, spec)
 
     def footprint(self, spec: AdapterSpec) -> AdapterFootprint:
         """Return what an adapter takes on one GPU."""
@@ -128,10 +132,23 @@ def blueprint(
 def _layout(
     config: ServingConfig, model: ModelShape, geometry: PageGeometry, spec: AdapterSpec
 ) -> AdapterLayout:
-    if spec.kind != "lora":
+    if spec.kind == "dynamic":
         raise UserError(f"adapter {spec.name!r}: kind {spec.kind!r} is not supported yet")
-    sharding = "slora" if config.lora_sharding == "slora_published" else config.lora_sharding
+    sharding = _sharding(config, model, spec)
     return adapter_layout(model, spec.module_ranks, geometry, tp=config.tp, sharding=sharding)
+
+
+def _sharding(config: ServingConfig, model: ModelShape, spec: AdapterSpec) -> Sharding:
+    try:
+        sharding = adapter_sharding(config.lora_sharding, spec.nblocks, config.tp)
+    except UserError as error:
+        raise UserError(f"adapter {spec.name!r}: {error}") from None
+    if sharding == "block_diagonal" and config.tp > model.num_kv_heads:
+        raise UserError(
+            f"adapter {spec.name!r}: block-diagonal factors cannot be cut where KV heads are held by several GPUs: "
+            f"tp={config.tp}, {model.num_kv_heads} KV heads"
+        )
+    return sharding
 
 
 def _footprint(

@@ -9,8 +9,10 @@ import torch
 
 from engine.adapter import AdapterSpec
 from engine.blueprint import Blueprint, blueprint
+from engine.communicator import Communicator
 from engine.config import ServingConfig
 from engine.errors import UserError
+from engine.followers import Followers, FollowerTask
 from engine.model_shape import ModelShape
 from engine.runner import DTYPES, Runner
 from engine.weights import load_weights, random_weights
@@ -18,14 +20,16 @@ from engine.weights import load_weights, random_weights
 Progress = Callable[[str], None]
 
 
-def device_for(config: ServingConfig) -> torch.device:
-    """Return the device that a configuration's backend needs. Raises UserError when there is none."""
+def device_for(config: ServingConfig, rank: int = 0) -> torch.device:
+    """Return the device that a rank of a configuration's backend needs. Raises UserError when there is none."""
     if config.backend == "triton":
         if not torch.cuda.is_available():
             raise UserError(
                 "backend 'triton' needs a GPU and none is visible; use backend 'reference' on a CPU"
             )
-        return torch.device("cuda", 0)
+        if torch.cuda.device_count() < config.tp:
+            raise UserError(f"tp={config.tp} needs as many GPUs, {torch.cuda.device_count()} are visible")
+        return torch.device("cuda", rank)
     return torch.device("cpu")
 
 
@@ -43,18 +47,56 @@ def build_runner(
     register: pack all adapters into host memory; the profiler does without. shape: of a model that `config.model` only names.
     Raises UserError when something does not fit.
     """
-    plan = blueprint(config, adapters, shape)
+    blueprint(
+        config, adapters, shape
+    )  # what is wrong with the configuration itself is said before processes start
     device = device_for(config)
+    if config.tp == 1:
+        return _build(config, adapters, device, seed, progress, register, shape)
+    followers = Followers(config, adapters, seed=seed, register=register, shape=shape)
+    try:
+        communicator = Communicator.join(0, config.tp, followers.address, device)
+        runner = _build(config, adapters, device, seed, progress, register, shape, communicator, followers)
+        followers.await_ready()
+    except BaseException:
+        followers.close()
+        raise
+    return runner
+
+
+def build_rank(task: FollowerTask) -> Runner:
+    """Build the runner of another rank than the first."""
+    config = task.config
+    device = device_for(config, task.rank)
+    communicator = Communicator.join(task.rank, config.tp, task.address, device)
+    return _build(
+        config, task.adapters, device, task.seed, lambda _: None, task.register, task.shape, communicator
+    )
+
+
+def _build(
+    config: ServingConfig,
+    adapters: Mapping[str, AdapterSpec],
+    device: torch.device,
+    seed: int,
+    progress: Progress,
+    register: bool,
+    shape: ModelShape | None,
+    communicator: Communicator | None = None,
+    followers: Followers | None = None,
+) -> Runner:
+    plan = blueprint(config, adapters, shape)
     _check_memory(plan, device)
     folder = Path(config.model)
     dtype = DTYPES[config.dtype]
+    rank = 0 if communicator is None else communicator.rank
     if folder.is_dir():
         progress(f"loading weights from {folder}")
-        weights = load_weights(folder, plan.model, dtype, device)
+        weights = load_weights(folder, plan.model, dtype, device, config.tp, rank)
     else:
         progress(f"drawing random weights of {plan.model.name}")
-        weights = random_weights(plan.model, dtype, device, seed)
-    runner = Runner(plan, weights, device, seed=seed)
+        weights = random_weights(plan.model, dtype, device, seed, config.tp, rank)
+    runner = Runner(plan, weights, device, seed=seed, communicator=communicator, followers=followers)
     if register:
         for number, name in enumerate(runner.store.register_all(), start=1):
             if number % 50 == 0 or number == len(adapters):

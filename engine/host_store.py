@@ -60,8 +60,9 @@ class HostStore:
     """All registered adapters, by name. Methods may be called from any thread and wait for no disk, but for `prepare` and `register_all`."""
 
     def __init__(
-        self, blueprint: Blueprint, dtype: torch.dtype, device: torch.device, *, seed: int = 0
+        self, blueprint: Blueprint, dtype: torch.dtype, device: torch.device, *, seed: int = 0, rank: int = 0
     ) -> None:
+        self._rank = rank
         self.cache: HostCache[HostAdapter] = HostCache(blueprint.host_capacity_bytes)
         self._blueprint = blueprint
         self._dtype = dtype
@@ -290,12 +291,14 @@ class HostStore:
                 path=spec.path,
             )
         weights = load_peft_adapter(spec.path, plan.model, spec.name)
-        weights = shard_adapter(weights, plan.model, plan.config.tp, 0, plan.config.lora_sharding)
+        weights = shard_adapter(weights, plan.model, plan.config.tp, self._rank, plan.sharding_of(spec))
         return pack(weights, adapter.layout, self._dtype)
 
     def _draw(self, adapter: HostAdapter, out: torch.Tensor | None = None) -> torch.Tensor:
         """Draw a random adapter; its numbers depend on the store's seed and the adapter's name alone."""
-        digest = hashlib.blake2b(f"{self._seed}/{adapter.spec.name}".encode(), digest_size=7).digest()
+        digest = hashlib.blake2b(
+            f"{self._seed}/{self._rank}/{adapter.spec.name}".encode(), digest_size=7
+        ).digest()
         generator = torch.Generator(self._device).manual_seed(int.from_bytes(digest, "little"))
         return pack_random(adapter.layout, generator, self._dtype, out=out)
 

@@ -103,6 +103,25 @@ h = A·x over the GPUs, and row modules sum it.
 """
 
 
+def adapter_sharding(config_sharding: str, nblocks: int, tp: int) -> Sharding:
+    """Return how an adapter of `nblocks` blocks (1: dense) is cut under a configuration's `lora_sharding`.
+
+    Block-diagonal factors are cut at their blocks wherever that is exact; dense ones run `replicated` beside them. Raises UserError where the
+    configuration asks for no communication and the blocks do not fit the GPUs.
+    """
+    if tp == 1:
+        return "replicated"
+    if config_sharding in ("slora", "slora_published"):
+        return "slora"
+    if nblocks > 1 and nblocks % tp == 0:
+        return "block_diagonal"
+    if nblocks > 1 and config_sharding == "block_diagonal":
+        raise UserError(
+            f"nblocks (={nblocks}) must be a multiple of tp (={tp}) under lora_sharding 'block_diagonal'; 'replicated' serves it as dense."
+        )
+    return "replicated"
+
+
 def row_lengths(model: ModelShape, tp: int = 1, sharding: Sharding = "replicated") -> Pairs:
     """Return, for each module, the elements of a row of A and of a row of (transposed) B on one GPU."""
     shapes = model.linear_shapes(tp)

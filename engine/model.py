@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from engine.batch import DeviceBatch
 from engine.budget import ATTENTION_PARTIAL_ROWS
+from engine.communicator import Communicator
 from engine.config import ServingConfig
 from engine.layout import PageGeometry
 from engine.model_shape import GROUPS, ModelShape
@@ -55,7 +56,9 @@ class Model:
         ops: Ops,
         buffers: Buffers,
         max_rank: int,
+        communicator: Communicator | None = None,
     ) -> None:
+        self.communicator = communicator
         self.shape = shape
         self.weights = weights
         self.buffers = buffers
@@ -75,19 +78,36 @@ class Model:
         ops, weights, eps, views = self.ops, self.weights, self.shape.rms_norm_eps, batch.views
         ids = torch.empty_like(views["host_tokens"])
         ops.gather_tokens(views["host_tokens"], self.buffers.last_token, views["sequence_slots"], out=ids)
-        residual = F.embedding(ids, weights.embed)
+        residual = self._embed(ids)
         x = ops.rms_norm(residual, weights.layers[0].input_norm, eps)
         for index, layer in enumerate(weights.layers):
             qkv = self._linear(batch, index, 0, x, layer.qkv, layer.qkv_bias)
             attended = self._attention(batch, index, qkv)
             x = self._linear(batch, index, 1, attended, layer.o)
-            x = ops.add_rms_norm_(x, residual, layer.post_norm, eps)
+            x = self._add_norm(x, residual, layer.post_norm)
             x = ops.silu_mul(self._linear(batch, index, 2, x, layer.gate_up))
             x = self._linear(batch, index, 3, x, layer.down)
             last = index + 1 == len(weights.layers)
             norm = weights.norm if last else weights.layers[index + 1].input_norm
-            x = ops.add_rms_norm_(x, residual, norm, eps)
+            x = self._add_norm(x, residual, norm)
         return self._sample(batch, x)
+
+    def _embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """Return the embeddings [T, H] of token ids; each rank has its slice of the vocabulary."""
+        embed, communicator = self.weights.embed, self.communicator
+        if communicator is None:
+            return F.embedding(ids, embed)
+        first, last = self.shape.vocab_range(communicator.size, communicator.rank)
+        mine = (ids >= first) & (ids < last)
+        rows = F.embedding(torch.where(mine, ids - first, 0), embed)
+        return communicator.all_reduce_(rows.masked_fill_(~mine[:, None], 0))
+
+    def _add_norm(self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Add a row-parallel linear's output to the residual stream, in place, and return the norm of it."""
+        if self.communicator is not None:
+            self.communicator.all_reduce_(x)
+        normed: torch.Tensor = self.ops.add_rms_norm_(x, residual, weight, self.shape.rms_norm_eps)
+        return normed
 
     def _linear(
         self,
@@ -222,7 +242,12 @@ class Model:
 
     def logits(self, rows: torch.Tensor) -> torch.Tensor:
         """Return the logits [rows, vocabulary] of normalised hidden rows [rows, H]."""
-        return F.linear(rows, self.weights.lm_head)
+        logits = F.linear(rows, self.weights.lm_head)
+        communicator = self.communicator
+        if communicator is None:
+            return logits
+        ranges = [self.shape.vocab_range(communicator.size, rank) for rank in range(communicator.size)]
+        return communicator.gather_columns(logits, [last - first for first, last in ranges])
 
 
 def new_buffers(

@@ -13,8 +13,8 @@ import torch
 
 from engine.adapter import AdapterSpec, spec_of_peft
 from engine.errors import UserError
-from engine.layout import AdapterLayout, Side
-from engine.model_shape import MODULES, ModelShape
+from engine.layout import AdapterLayout, Sharding, Side
+from engine.model_shape import MODULES, ROW_PARALLEL, ModelShape
 from engine.peft_config import module_path, read_peft_config
 from engine.tensor_files import LoadedTensors, load_tensors
 from engine.weights import shard_slices
@@ -55,7 +55,7 @@ def load_peft_adapter(folder: str | Path, shape: ModelShape, name: str | None = 
     file = load_tensors(_weights_file(folder), _most_file_bytes(spec, shape))
     names = _tensor_names(file)
     tensors = {
-        (layer, module): _factors(file, names, layer, module, rank, shape)
+        (layer, module): _factors(file, names, layer, module, rank, shape, config.nblocks)
         for layer in range(shape.num_layers)
         for module, rank in zip(MODULES, spec.module_ranks, strict=True)
         if rank
@@ -97,20 +97,42 @@ def random_adapter(spec: AdapterSpec, shape: ModelShape, seed: int, dtype: torch
 
 
 def shard_adapter(
-    adapter: AdapterWeights, shape: ModelShape, tp: int, rank: int, sharding: str = "replicated"
+    adapter: AdapterWeights, shape: ModelShape, tp: int, rank: int, sharding: Sharding = "replicated"
 ) -> AdapterWeights:
-    """Return GPU ``rank``'s part: ``replicated`` cuts A's inputs or B's outputs as the base is cut."""
+    """Return GPU ``rank``'s part of an adapter with dense factors, as ``engine.layout`` describes the shardings.
+
+    block_diagonal keeps what lies in the GPU's blocks: exact only where the factors are zero elsewhere.
+    """
     if tp == 1:
         return adapter
-    if sharding != "replicated":
-        raise UserError(
-            f"lora_sharding (={sharding!r}) at tp (={tp}) > 1 is not supported yet; use 'replicated'."
-        )
-    tensors = {}
-    for (layer, module), (a, b) in adapter.tensors.items():
-        outputs, inputs = shard_slices(shape, module, tp, rank)
-        tensors[layer, module] = (a[:, inputs], b[outputs])
+    tensors = {
+        (layer, module): _shard(a, b, shape, module, tp, rank, sharding)
+        for (layer, module), (a, b) in adapter.tensors.items()
+    }
     return replace(adapter, tensors=tensors)
+
+
+def _shard(
+    a: torch.Tensor, b: torch.Tensor, shape: ModelShape, module: str, tp: int, rank: int, sharding: Sharding
+) -> Factors:
+    outputs, inputs = shard_slices(shape, module, tp, rank)
+    if sharding == "replicated":
+        return a[:, inputs], b[outputs]
+    part = -(-len(a) // tp)
+    if sharding == "block_diagonal":
+        return _rows(a, rank * part, part)[:, inputs], _rows(b.T, rank * part, part).T[outputs]
+    if module in ROW_PARALLEL:
+        width = len(b) // tp
+        return a[:, inputs], b[rank * width : (rank + 1) * width]
+    return _rows(a, rank * part, part)[:, inputs], b[outputs]
+
+
+def _rows(matrix: torch.Tensor, first: int, count: int) -> torch.Tensor:
+    """Return `count` rows from `first` on, zeros past the end."""
+    rows = matrix[first : first + count]
+    if len(rows) == count:
+        return rows
+    return torch.cat([rows, matrix.new_zeros(count - len(rows), matrix.shape[1])])
 
 
 def pack(adapter: AdapterWeights, layout: AdapterLayout, dtype: torch.dtype) -> torch.Tensor:
@@ -239,10 +261,19 @@ def _factors(
     module: str,
     rank: int,
     shape: ModelShape,
+    nblocks: int,
 ) -> Factors:
+    """Read A [rank, in] and B [out, rank]; blocks, which PEFT stacks on the first dimension, become whole matrices with zeros between."""
     out, inp = shape.linear_shapes()[module]
+    blocks_of_a = nblocks if module in ROW_PARALLEL else 1
+    blocks_of_b = nblocks // blocks_of_a
+    if inp % blocks_of_a or out % blocks_of_b:
+        raise UserError(f"nblocks (={nblocks}) must divide {module}'s {(out, inp)}.", path=file.path)
     factors = []
-    for side, wanted in (("A", (rank, inp)), ("B", (out, rank))):
+    for side, blocks, wanted in (
+        ("A", blocks_of_a, (rank, inp // blocks_of_a)),
+        ("B", blocks_of_b, (out, rank // blocks_of_b)),
+    ):
         name = names.get((layer, module, side))
         if name is None:
             raise UserError(
@@ -256,7 +287,7 @@ def _factors(
         tensor = file.read(name)
         if not _all_finite(tensor):
             raise UserError(f"tensor {name} holds values that are not finite.", path=file.path)
-        factors.append(tensor)
+        factors.append(tensor if blocks == 1 else torch.block_diag(*tensor.chunk(blocks)))
     return factors[0], factors[1]
 
 

@@ -9,13 +9,13 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from engine.errors import UserError
 from engine.json_files import read_json
-from engine.model_shape import MODULES
+from engine.model_shape import MODULES, ROW_PARALLEL
 
 ATTENTION_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -25,7 +25,7 @@ _KNOWN = {
     *("inference_mode", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules"),
     *("exclude_modules", "lora_dropout", "bias", "init_lora_weights", "megatron_core", "loftq_config"),
     *("eva_config", "corda_config", "lora_ga_config", "qalora_group_size", "runtime_config"),
-    *("ensure_weight_tying", "layers_pattern"),
+    *("ensure_weight_tying", "layers_pattern", "use_bdlora"),
 }
 # These leave the base's weights alone; pissa, olora, loftq, corda and lora_ga train against a changed base.
 _HARMLESS_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
@@ -35,7 +35,6 @@ _REASONS = {
     "modules_to_save": "adapters that replace whole modules are not supported",
     "layers_to_transform": "adapters of some layers only are not supported",
     "fan_in_fan_out": "transposed base weights are not supported",
-    "use_bdlora": "block-diagonal LoRA is not supported yet",
     "lora_bias": "a bias in LoRA is not supported",
     "trainable_token_indices": "adapters that change embeddings are not supported",
 }
@@ -49,7 +48,10 @@ def module_path(layer: int, module: str) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeftConfig:
-    """What decides ranks and scales in an adapter_config.json. ``source`` is the file, for errors."""
+    """What decides ranks and scales in an adapter_config.json. ``source`` is the file, for errors.
+
+    nblocks: blocks of block-diagonal LoRA, whose A has them in row-parallel linears (o, down) and whose B has them in the others; 1 is dense.
+    """
 
     source: Path
     r: int
@@ -59,6 +61,7 @@ class PeftConfig:
     exclude_modules: str | tuple[str, ...] | None
     rank_pattern: Mapping[str, int]
     alpha_pattern: Mapping[str, float]
+    nblocks: int = 1
 
     def module_ranks(self, num_layers: int) -> dict[str, int]:
         """Return the rank of each target, in the order of MODULES. Raises UserError where layers differ."""
@@ -110,7 +113,7 @@ def read_peft_config(folder: Path) -> PeftConfig:
     if not isinstance(config, dict):
         raise UserError("must be a JSON object.", path=path)
     _refuse_unsupported(config, path)
-    return PeftConfig(
+    found = PeftConfig(
         source=path,
         r=_rank(config.get("r", 8), "r", path),
         lora_alpha=_alpha(config.get("lora_alpha", 8), "lora_alpha", path),
@@ -125,6 +128,41 @@ def read_peft_config(folder: Path) -> PeftConfig:
             for key, value in _pattern(config, "alpha", path)
         },
     )
+    if not config.get("use_bdlora"):
+        return found
+    return replace(found, nblocks=_blocks(config["use_bdlora"], found, path))
+
+
+def _blocks(block_diagonal: object, config: PeftConfig, path: Path) -> int:
+    """Return the number of blocks of a BD-LoRA adapter whose every target has its blocks where tensor parallelism cuts the base.
+
+    PEFT matches its lists by substring of a linear's name, and its own docstring swaps the two: A has blocks in o and down, B in the others.
+    """
+    if not isinstance(block_diagonal, dict) or not isinstance(block_diagonal.get("nblocks"), int):
+        raise UserError("use_bdlora must be an object with nblocks.", path=path)
+    nblocks: int = block_diagonal["nblocks"]
+    if not 1 <= nblocks <= 256:
+        raise UserError(f"use_bdlora.nblocks (={nblocks}) must be in 1..256.", path=path)
+    for module, rank in config.module_ranks(1).items():
+        side, other = ("a", "b") if module in ROW_PARALLEL else ("b", "a")
+        here, there = (
+            any(
+                pattern in module_path(0, module)
+                for pattern in block_diagonal.get(f"target_modules_bd_{which}") or ()
+            )
+            for which in (side, other)
+        )
+        if there or not here:
+            raise UserError(
+                f"use_bdlora: {module} must be in target_modules_bd_{side} and not in target_modules_bd_{other}: "
+                "its blocks must lie where tensor parallelism cuts the base.",
+                path=path,
+            )
+        if rank % nblocks:
+            raise UserError(
+                f"use_bdlora.nblocks (={nblocks}) must divide the rank of {module} (={rank}).", path=path
+            )
+    return nblocks
 
 
 def _refuse_unsupported(config: Mapping[str, Any], path: Path) -> None:

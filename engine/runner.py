@@ -22,7 +22,9 @@ from engine.adapter_loader import AdapterLoader
 from engine.batch import BatchLayout, BatchLimits, DeviceBatch, PageUpdates, batch_layout
 from engine.batch_builder import BatchBuilder, SampledRows
 from engine.blueprint import Blueprint
+from engine.communicator import Communicator
 from engine.errors import UserError
+from engine.followers import Followers, GroupLoader
 from engine.graph_sizes import graph_sizes, padded_tokens
 from engine.host_store import HostStore
 from engine.model import DECODE_PROGRAMS, Model, new_buffers
@@ -72,11 +74,21 @@ class Runner:
     """One rank of a replica: device memory, model, adapters and graphs."""
 
     def __init__(
-        self, blueprint: Blueprint, weights: ModelWeights, device: torch.device, *, seed: int = 0
+        self,
+        blueprint: Blueprint,
+        weights: ModelWeights,
+        device: torch.device,
+        *,
+        seed: int = 0,
+        communicator: Communicator | None = None,
+        followers: Followers | None = None,
     ) -> None:
         config = blueprint.config
-        if config.tp != 1:
-            raise UserError(f"tp={config.tp}: the engine runs tp=1; tensor parallelism is not built yet")
+        if config.tp > 1 and communicator is None:
+            raise UserError(f"tp={config.tp}: a rank needs the others; engine.build starts them")
+        if config.tp > 1 and config.lora_sharding in ("slora", "slora_published") and blueprint.max_rank:
+            raise UserError(f"lora_sharding={config.lora_sharding!r} at tp={config.tp} is not built yet")
+        self._followers = followers
         self.blueprint = blueprint
         self.device = device
         self.dtype = DTYPES[config.dtype]
@@ -103,11 +115,14 @@ class Runner:
             self.ops,
             self.buffers,
             self._limits.max_rank,
+            communicator,
         )
-        self.store = HostStore(blueprint, self.dtype, device, seed=seed)
-        self.loader = AdapterLoader(
+        rank = 0 if communicator is None else communicator.rank
+        self.store = HostStore(blueprint, self.dtype, device, seed=seed, rank=rank)
+        own_loader = AdapterLoader(
             self.store, self.buffers, blueprint.max_adapters, blueprint.geometry.units_per_page
         )
+        self.loader = own_loader if followers is None else GroupLoader(own_loader, followers, config.tp)
         self.builder = BatchBuilder(
             max_num_seqs=config.max_num_seqs,
             max_pages_per_seq=self.buffers.page_table.shape[1],
@@ -166,6 +181,10 @@ class Runner:
         layout = self.layout(key.tokens)
         views = layout.views(host.metadata.numpy())
         sampled = self.builder.build(step, layout, views, tokens_of)
+        if self._followers is not None:
+            metadata = host.metadata.numpy()
+            pairs = np.array([updates.index, updates.page], dtype=np.int32)
+            self._followers.step(key, metadata[: layout.used_size(metadata)], pairs)
         started, ended = self._new_event(), self._new_event()
         if started is not None:
             started.record()  # before the copy: that too takes the GPU's time
@@ -186,8 +205,19 @@ class Runner:
             duration_s = time.perf_counter() - flight.launched_s
         return flight.host.tokens[: len(flight.sampled.sequences)].numpy().copy(), duration_s
 
+    def follow(self, key: GraphKey, metadata: NDArray[np.int32], pairs: NDArray[np.int32]) -> None:
+        """Run a step that another rank planned. pairs: the page table's changes, [2, n]."""
+        host = self._host[self._turn % RING]
+        self._turn += 1
+        layout = self.layout(key.tokens)
+        host.metadata.numpy()[: len(metadata)] = metadata
+        self.send(layout, host.metadata, PageUpdates(list(pairs[0]), list(pairs[1])))
+        self.run(key, layout)
+
     def reset(self) -> None:
         """Forget what ran and what was being loaded, once the GPU has done with it."""
+        if self._followers is not None:
+            self._followers.reset()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.loader.reset()
@@ -196,6 +226,11 @@ class Runner:
     def start_load(self, load: Load) -> None:
         """Start copying an adapter to the GPU."""
         self.loader.start(load)
+
+    def close(self) -> None:
+        """End the other ranks' processes."""
+        if self._followers is not None:
+            self._followers.close()
 
     def _new_event(self) -> torch.cuda.Event | None:
         return torch.cuda.Event(enable_timing=True) if self.device.type == "cuda" else None

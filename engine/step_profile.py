@@ -160,7 +160,7 @@ def _place_adapters(runner: Runner, names: Collection[str]) -> dict[str, Residen
         footprint = runner.blueprint.footprints[name]
         pages = list(range(page, page + footprint.pages))
         page += footprint.pages
-        runner.loader.register(slot, pages, runner.blueprint.adapters[name])
+        runner.loader.register(slot, pages, runner.blueprint.layout(name))
         table = torch.from_numpy(runner.blueprint.layout(name).table(pages))
         pool[pages[0]].view(torch.int32)[: len(table)] = table.to(pool.device)
         residents[name] = ResidentAdapter(name, slot, pages, footprint, AdapterState.RESIDENT)

@@ -9,6 +9,7 @@ from engine.adapter import AdapterSpec, adapters_of_trace, load_adapters
 from engine.errors import UserError
 from engine.layout import ROW_ALIGN_BYTES, adapter_layout, page_geometry, row_counts, row_lengths
 from engine.model_shape import MODULES, ModelShape, load_model_shape
+from traces.assign import RANK_MIXES
 
 EIGHT_B = load_model_shape("llama-3.1-8b")
 
@@ -109,6 +110,23 @@ def test_llama_8b_rank_16_takes_41_pages_and_wastes_under_3_percent():
     assert layout.num_pages <= 41
     assert 1 - layout.payload_bytes / layout.total_bytes <= 0.03
     assert layout is adapter_layout(EIGHT_B, [16] * 7, page_geometry(EIGHT_B, 1, 16, 2))
+
+
+@pytest.mark.parametrize("rank", range(16, 257))
+def test_adapters_on_all_linears_waste_at_most_3_percent(rank):
+    layout = adapter_layout(EIGHT_B, (rank,) * 7, page_geometry(EIGHT_B, 1, 16, 2))
+    assert 1 - layout.payload_bytes / layout.total_bytes <= 0.03
+
+
+@pytest.mark.parametrize("mix", RANK_MIXES.items(), ids=lambda item: item[0])
+def test_rank_mixes_on_all_linears_waste_at_most_3_percent(mix):
+    """Held against used over one adapter of each rank; S1 is rank 8 alone, for which the table and the last page's rest weigh more."""
+    name, ranks = mix
+    layouts = [adapter_layout(EIGHT_B, (rank,) * 7, page_geometry(EIGHT_B, 1, 16, 2)) for rank in ranks]
+    used, held = (
+        sum(getattr(layout, size) for layout in layouts) for size in ("payload_bytes", "total_bytes")
+    )
+    assert 1 - used / held <= (0.05 if name == "S1" else 0.03)
 
 
 def test_replicated_rows_at_tp_2():
