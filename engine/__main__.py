@@ -164,19 +164,13 @@ def bench(
         raise UserError(f"{out}: is there already")
     check_writable(out)
     serving = ServingConfig.load(config)
-    if serving.gpus != 1:
-        raise UserError(
-            f"tp={serving.tp}, replicas={serving.replicas}: the engine runs one GPU; more are not built yet"
-        )
+    if serving.replicas != 1:
+        raise UserError(f"replicas={serving.replicas}: bench measures one replica")
     try:
         sizes = tuple(int(part) for part in batches.split(","))
     except ValueError:
         raise UserError(f"--batches {batches!r} must be whole numbers, such as 1,32,64") from None
-    specs = (
-        {f"r16-{number}": AdapterSpec(name=f"r16-{number}") for number in range(128)}
-        if adapters is None
-        else load_adapters(adapters)
-    )
+    specs = _random_adapters() if adapters is None else load_adapters(adapters)
     plan = BenchPlan(batches=sizes, base_requests=base_requests, lora_requests=lora_requests)
     rows = []
     for row in measure(serving, specs, plan, seed=seed, progress=_tell):
@@ -259,6 +253,47 @@ def serve(
     specs = {} if adapters is None else load_adapters(adapters)
     server = build_server(serving, specs, options, _tell)
     run(server, host, port, ready=_tell)
+
+
+@app.command("load-bench")
+def load_bench(
+    config: Annotated[Path, typer.Option(help="Serving configuration: JSON, as `plan` writes it.")],
+    out: Annotated[Path, typer.Option(help="JSON file to write; must not be there.")],
+    adapters: Annotated[
+        Path | None,
+        typer.Option(help="adapters.jsonl; without it 128 random ones of rank 16 on all linears."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Seed of random weights.")] = 0,
+) -> None:
+    """Time adapter loads from host memory, back to back and beside decode steps. Prints and writes one row a measurement."""
+    from engine.build import build_runner
+    from engine.load_bench import bench_loads
+    from engine.provenance import provenance
+
+    if out.exists():
+        raise UserError(f"{out}: is there already")
+    check_writable(out)
+    serving = ServingConfig.load(config)
+    if serving.gpus != 1:
+        raise UserError(f"tp={serving.tp}, replicas={serving.replicas}: load-bench measures one GPU")
+    specs = _random_adapters() if adapters is None else load_adapters(adapters)
+    rows = bench_loads(build_runner(serving, specs, seed=seed, progress=_tell), seed=seed)
+    for row in rows:
+        print(
+            "  ".join(
+                f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+                for key, value in row.items()
+            )
+        )
+    temporary = out.with_name(f".{out.name}.tmp")
+    temporary.write_text(
+        json.dumps({"rows": rows, "config": serving.to_json(), **provenance()}, indent=1), encoding="utf-8"
+    )
+    temporary.replace(out)
+
+
+def _random_adapters() -> dict[str, AdapterSpec]:
+    return {f"r16-{number}": AdapterSpec(name=f"r16-{number}") for number in range(128)}
 
 
 def _adapters(path: Path | None, asked: list[dict[str, int | None]]) -> dict[str, AdapterSpec]:

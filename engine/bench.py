@@ -53,10 +53,18 @@ def bench(
             f"max_model_len={config.max_model_len} must be at least {longest}: bench sends requests that long"
         )
     runner = build_runner(config, adapters, seed=seed, progress=progress)
-    rng = np.random.default_rng(seed)
-    for names in ([], list(adapters)) if adapters else ([],):
+    try:
+        yield from _rows(runner, list(adapters), plan, np.random.default_rng(seed), progress)
+    finally:
+        runner.close()
+
+
+def _rows(
+    runner: Runner, adapters: list[str], plan: BenchPlan, rng: np.random.Generator, progress: Progress
+) -> Iterator[dict[str, Any]]:
+    for names in ([], adapters) if adapters else ([],):
         for batch in plan.batches:
-            if batch <= config.max_num_seqs:
+            if batch <= runner.blueprint.config.max_num_seqs:
                 progress(f"decode, batch {batch}, {min(batch, len(names))} adapters")
                 yield _decode_row(runner, plan, names, batch, rng)
         progress(f"burst, {len(names)} adapters")

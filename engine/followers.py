@@ -159,11 +159,8 @@ class Followers:
             process = sentinels[sentinel]  # type: ignore[index]
             process.join()
             if not self._closing:
-                print(
-                    f"error: {process.name} died with exit code {process.exitcode}",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                text = f"error: {process.name} died with exit code {process.exitcode}\n"
+                os.write(sys.stderr.fileno(), text.encode())  # not print: the main thread may hold its lock
                 os._exit(1)
 
 

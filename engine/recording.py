@@ -33,24 +33,27 @@ def record_replays(
 ) -> list[dict[str, float]]:
     """Serve traces in real time, one after the other on one runner and each from a cold GPU; write each record; return the metrics."""
     blueprint(config, adapters)  # what is wrong with the configuration itself is said first
-    if config.gpus != 1:
+    if config.replicas != 1:
         raise UserError(
-            f"tp={config.tp}, replicas={config.replicas}: the engine replays one GPU; more are not built yet. "
-            "Replay one replica with replicas=1 and its share of the trace"
+            f"replicas={config.replicas}: the engine replays one replica; more are not built yet. "
+            "Replay one with replicas=1 and its share of the trace"
         )
     runner = build_runner(config, adapters, seed=seed, progress=progress)
     totals = []
-    for trace, out in replays:
-        runner.builder.clear()
-        engine = Engine(runner.blueprint, runner)
-        progress(f"replaying {trace.name}: {len(trace)} requests over {trace.duration_s:.0f} s")
-        served = replay(
-            engine,
-            trace,
-            seed=seed,
-            progress=lambda now_s, left: progress(f"{now_s:6.1f} s  {left} unfinished"),
-        )
-        totals.append(write_record(engine, served, trace, out, seed=seed, load_level=load_level))
+    try:
+        for trace, out in replays:
+            runner.builder.clear()
+            engine = Engine(runner.blueprint, runner)
+            progress(f"replaying {trace.name}: {len(trace)} requests over {trace.duration_s:.0f} s")
+            served = replay(
+                engine,
+                trace,
+                seed=seed,
+                progress=lambda now_s, left: progress(f"{now_s:6.1f} s  {left} unfinished"),
+            )
+            totals.append(write_record(engine, served, trace, out, seed=seed, load_level=load_level))
+    finally:
+        runner.close()
     return totals
 
 

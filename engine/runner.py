@@ -22,7 +22,7 @@ from engine.adapter_loader import AdapterLoader
 from engine.batch import BatchLayout, BatchLimits, DeviceBatch, PageUpdates, batch_layout
 from engine.batch_builder import BatchBuilder, SampledRows
 from engine.blueprint import Blueprint
-from engine.communicator import Communicator
+from engine.communicator import Communicator, leave
 from engine.errors import UserError
 from engine.followers import Followers, GroupLoader
 from engine.graph_sizes import graph_sizes, padded_tokens
@@ -228,9 +228,10 @@ class Runner:
         self.loader.start(load)
 
     def close(self) -> None:
-        """End the other ranks' processes."""
+        """End the other ranks' processes, where there are any."""
         if self._followers is not None:
             self._followers.close()
+            leave()
 
     def _new_event(self) -> torch.cuda.Event | None:
         return torch.cuda.Event(enable_timing=True) if self.device.type == "cuda" else None

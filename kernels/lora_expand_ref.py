@@ -12,7 +12,7 @@ from kernels.lora_plan import (
     SLOT,
     TABLE_UNIT,
 )
-from kernels.lora_shrink_ref import read_rows
+from kernels.lora_shrink_ref import product_of_tile, read_rows
 
 
 def lora_expand_ref_(
@@ -33,6 +33,6 @@ def lora_expand_ref_(
                 b = read_rows(pool, b_first, rank, width)
                 h = bridge[:splits, rows, bridge_column : bridge_column + rank].sum(dim=0)
                 part = y[rows, column : column + width]
-                part.copy_(part.float() + scales[record[SLOT], module] * (h @ b.float()))
+                part.copy_(part.float() + scales[record[SLOT], module] * product_of_tile(h, b.float()))
             column, bridge_column = column + width, bridge_column + rank
     return y

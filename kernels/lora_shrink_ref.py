@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from kernels.lora_plan import (
     ENTRIES_PER_UNIT,
@@ -14,6 +15,7 @@ from kernels.lora_plan import (
     NUM_ITEMS,
     NUM_SPLITS,
     ROW_ALIGN_BYTES,
+    SMALL_TILE,
 )
 
 
@@ -29,8 +31,14 @@ def lora_shrink_ref(x, pool, headers, items, bridge, *, group, layer, tile_token
         entry += layer * (item[ITEM_ENTRIES] >> 16)
         a = read_rows(pool, entry, sizes >> 8 & 255, x.shape[1])
         bridge[1 : header[NUM_SPLITS], rows, columns] = 0
-        bridge[0, rows, columns] = x[rows].float() @ a.float().T
+        bridge[0, rows, columns] = product_of_tile(x[rows].float(), a.float().T)
     return bridge
+
+
+def product_of_tile(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """Return x @ w, each row the same bits however many rows there are: BLAS rounds products of other shapes otherwise, so whole tiles are taken."""
+    padded = F.pad(x, (0, 0, 0, -len(x) % SMALL_TILE))
+    return (padded @ w)[: len(x)]
 
 
 def read_rows(pool: torch.Tensor, first: int, count: int, length: int) -> torch.Tensor:
