@@ -69,9 +69,10 @@ class AdapterLoader:
         adapter = self._store[load.adapter]
         self.register(load.slot, load.pages, adapter.layout)
         flight = _Flight(load, adapter)
-        if not any(other.stage is _Stage.WAITING for other in self._flights):
-            self._claim(flight)
+        waits = any(other.stage is _Stage.WAITING for other in self._flights)
         self._flights.append(flight)
+        if not waits:
+            self._claim(flight)
 
     def finished(self) -> list[str]:
         """Return the adapters whose loads have ended since the last call."""

@@ -123,6 +123,7 @@ class Engine:
 
     def register(self, name: str, prepared: PreparedAdapter) -> None:
         """Let requests name an adapter. Raises ValueError where the name is taken."""
+        self._forget_adapters()
         if self.scheduler.is_registered(name):
             raise ValueError(f"adapter {name!r} is registered already")
         footprint = self.blueprint.footprint(prepared.spec)
@@ -183,8 +184,9 @@ class Engine:
                 self.runner.store.remove(name)
             elif not self.scheduler.is_registered(name):
                 self.scheduler.register(name, footprint)
-        for name in [name for name in self.scheduler.residency.footprints if name not in registered]:
-            self.scheduler.unregister(name)
+        for name in list(self.scheduler.residency.footprints):
+            if name not in registered or name in self._leaving:
+                self.scheduler.unregister(name)
         self._leaving = []
         for generation in list(self._generations.values()):
             self._finish(generation, "error", error)

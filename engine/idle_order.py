@@ -22,7 +22,10 @@ class IdleOrder(Protocol):
         """Take in an adapter that has just become idle."""
 
     def remove(self, name: str) -> None:
-        """Take an adapter out: it is used, or was evicted."""
+        """Take an adapter out: it is used."""
+
+    def evicted(self, name: str) -> None:
+        """Take an adapter out: it leaves the GPU."""
 
     def touch(self, name: str) -> None:
         """Note that an adapter will be used soon."""
@@ -47,6 +50,9 @@ class LruOrder:
     def remove(self, name: str) -> None:
         del self._idle[name]
 
+    def evicted(self, name: str) -> None:
+        del self._idle[name]
+
     def touch(self, name: str) -> None:
         self._idle.move_to_end(name)
 
@@ -69,8 +75,11 @@ class GdsfOrder:
 
     def __init__(self) -> None:
         self._value: dict[str, float] = {}  # of idle adapters
+        self._entry: dict[str, int] = {}  # of idle adapters: the number of the heap entry that counts
         self._uses: dict[str, int] = {}
-        self._heap: list[tuple[float, int, str]] = []  # entries whose value is not the current one are void
+        self._heap: list[
+            tuple[float, int, str]
+        ] = []  # (value, number, name); an entry whose number is not its name's is void
         self._age = 0.0
         self._count = 0
 
@@ -82,7 +91,11 @@ class GdsfOrder:
         self._set(name, self._age + self._uses[name] * (FIXED_RELOAD_PAGES + pages) / pages)
 
     def remove(self, name: str) -> None:
-        del self._value[name]
+        del self._value[name], self._entry[name]
+
+    def evicted(self, name: str) -> None:
+        self._age = max(self._age, self._value[name])
+        self.remove(name)
 
     def touch(self, name: str) -> None:
         self._set(name, self._value[name] + 1.0)
@@ -90,22 +103,27 @@ class GdsfOrder:
     def _set(self, name: str, value: float) -> None:
         self._value[name] = value
         self._count += 1
+        self._entry[name] = self._count
         heapq.heappush(self._heap, (value, self._count, name))
+        if len(self._heap) > 2 * len(self._value) + 64:
+            self._heap = [entry for entry in self._heap if self._counts(entry)]
+            heapq.heapify(self._heap)
+
+    def _counts(self, entry: tuple[float, int, str]) -> bool:
+        return self._entry.get(entry[2]) == entry[1]
 
     def names(self) -> Iterator[str]:
         walked: list[tuple[float, int, str]] = []
         try:
             while self._heap:
                 entry = heapq.heappop(self._heap)
-                if self._value.get(entry[2]) == entry[0]:
+                if self._counts(entry):
                     walked.append(entry)
                     yield entry[2]
         finally:
             for entry in walked:
-                if entry[2] in self._value:
+                if self._counts(entry):
                     heapq.heappush(self._heap, entry)
-                else:  # it went meanwhile
-                    self._age = max(self._age, entry[0])
 
 
 def new_idle_order(eviction: AdapterEviction) -> IdleOrder:

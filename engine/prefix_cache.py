@@ -62,7 +62,7 @@ class PrefixCache:
 
     def adapter_left(self, adapter: str) -> None:
         """Note that an adapter's weights left the GPU."""
-        for page in reversed(self._pages_of_adapter.get(adapter, {})):
+        for page in self._pages_of_adapter.get(adapter, {}):
             self._pool.demote(page)
 
     def forget_adapter(self, adapter: str) -> None:

@@ -177,7 +177,7 @@ class Residency:
     def drop(self, name: str) -> None:
         """Evict one idle adapter."""
         adapter = self._held.pop(name)
-        self._idle.remove(name)
+        self._idle.evicted(name)
         self._idle_pages -= len(adapter.pages)
         self._let_go(adapter)
         self.evictions += 1

@@ -43,6 +43,20 @@ class SchedulerLimits:
     prefix_caching: bool = True
 
 
+@dataclass(slots=True)
+class _Kept:
+    """What nobody may overtake the first waiting request into.
+
+    pages: those it wants, its adapter's included where they are not taken yet. adapter: the one whose load it waits for, with a slot to run in.
+    idle_adapter: the one that is there, while there is no room for its prompt.
+    """
+
+    pages: int = 0
+    slots: int = 0
+    adapter: str | None = None
+    idle_adapter: str | None = None
+
+
 class RefusedError(ValueError):
     """A request that can never run, with the reason."""
 
@@ -88,7 +102,7 @@ class Scheduler:
         self._changed = True  # something happened since the last plan that could admit a request
         self._blocked = False  # the last admission ended for another reason than the token budget
         self._preempted = False  # by the plan being made
-        self._watermark_pages = max(1, int(num_pages * WATERMARK_SHARE))
+        self._watermark_pages = max(1, int(self.pool.num_pages * WATERMARK_SHARE))
 
     # ---- requests in ----
 
@@ -140,7 +154,10 @@ class Scheduler:
 
         keys: as `Request.page_keys`, of prompt and output.
         """
-        for key, page in zip(keys, sequence.pages, strict=False):
+        pages = sequence.pages
+        if sequence.prefilled < sequence.prefill_tokens:
+            pages = pages[: sequence.prefilled // self.limits.page_tokens]
+        for key, page in zip(keys, pages, strict=False):
             self.memory.note(key, page, sequence.request.adapter)
 
     def take_refused(self) -> list[tuple[Sequence, str]]:
@@ -313,8 +330,10 @@ class Scheduler:
     def extend(self, steps: int) -> None:
         """Plan and complete `steps` further steps like the last one; at most `extendable()`."""
         for _ in range(steps):
-            for sequence in self._decoding.growing():
-                sequence.pages += self.memory.take(1)
+            growing = self._decoding.growing()
+            self.memory.make_room(len(growing))
+            for sequence in growing:
+                sequence.pages += self.pool.allocate(1)
             self._decoding.advance()
         self._next_step += steps
 
@@ -370,49 +389,56 @@ class Scheduler:
             return
         admitted: list[Sequence] = []
         may_admit = True
-        reserve = 0  # pages that the first waiting request wants when its adapter is there: nobody overtakes it into them
+        kept = _Kept()
         window = self.queue.window(LOOKAHEAD_REQUESTS, now_s, self)
         wanted = {sequence.request.adapter for sequence in window}
         for position, sequence in enumerate(window):
-            may_admit = may_admit and budget > 0 and bool(self._free_slots)
+            head = position == len(admitted)
+            may_admit = may_admit and budget > 0 and len(self._free_slots) > kept.slots
             name = sequence.request.adapter
-            if name is not None and self.residency.state(name) is not AdapterState.RESIDENT:
-                head = position == len(admitted)
-                absent = self.residency.state(name) is AdapterState.ABSENT
-                busy = self.residency.num_loading >= MAX_LOADS_IN_FLIGHT
-                started = absent and not busy and self._start_load(name, now_s, reserve, wanted, head)
+            if name is not None and not self.is_resident(name):
+                on_its_way = self._fetch(name, now_s, kept, wanted, head)
                 if head:
-                    may_admit = may_admit and (started or busy or not absent)
-                    reserve = self._watermark_pages + self._pages_for(sequence.prefill_tokens)
-                    if absent and not started:
-                        reserve += self.residency.footprints[name].pages
-                continue
-            if not may_admit:
-                if name is not None:
-                    self.residency.touch(name)
-                continue
-            if not self._fits(sequence, reserve):
+                    may_admit = may_admit and on_its_way
+                    kept.adapter, kept.slots = name, 1
+                    kept.pages = self._watermark_pages + self._pages_for(sequence.prefill_tokens)
+                    if self.memory.shared and self.residency.state(name) is AdapterState.ABSENT:
+                        kept.pages += self.residency.footprints[name].pages
+            elif may_admit and self._fits(sequence, kept):
+                self._start(sequence, now_s)
+                admitted.append(sequence)
+                budget -= self._plan_chunk(step, sequence, budget)
+            elif may_admit:
                 may_admit = False
-                continue
-            self._start(sequence, now_s)
-            admitted.append(sequence)
-            budget -= self._plan_chunk(step, sequence, budget)
+                if head:
+                    kept.idle_adapter = name
+                    kept.pages = self._watermark_pages + self._pages_for(sequence.prefill_tokens)
+            elif name is not None:
+                self.residency.touch(name)
+        if kept.idle_adapter is not None:
+            self.residency.touch(kept.idle_adapter)  # after the others, as it is wanted first
         self._blocked = budget > 0
         if admitted:
             self.queue.drop(admitted)
 
-    def _fits(self, sequence: Sequence, reserve: int) -> bool:
+    def _fetch(self, name: str, now_s: float, kept: _Kept, wanted: set[str | None], head: bool) -> bool:
+        """Start the load of an adapter that is not resident; return whether it is on its way, or will be when another load has ended."""
+        if (
+            self.residency.state(name) is AdapterState.LOADING
+            or self.residency.num_loading >= MAX_LOADS_IN_FLIGHT
+        ):
+            return True
+        return self._start_load(name, now_s, kept.pages, wanted, head)
+
+    def _fits(self, sequence: Sequence, kept: _Kept) -> bool:
         name = sequence.request.adapter
         cap = self.limits.max_adapters_per_step
-        if (
-            cap is not None
-            and name is not None
-            and name not in self._running_adapters
-            and len(self._running_adapters) >= cap
-        ):
-            return False
+        if cap is not None and name is not None and name not in self._running_adapters:
+            promised = kept.adapter is not None and kept.adapter not in (name, *self._running_adapters)
+            if len(self._running_adapters) + promised >= cap:
+                return False
         pages = self._pages_for(sequence.prefill_tokens)
-        room = self.memory.available(name) - reserve
+        room = self.memory.available(name) - kept.pages
         if self._running or self._finishing:
             room -= self._watermark_pages
         return pages <= room or self.memory.missing_pages(pages, self._match(sequence)) <= room
@@ -516,8 +542,7 @@ class Scheduler:
             self._retire_if_unused(name)
 
     def _let_go(self, sequence: Sequence) -> None:
-        self.queue.served(sequence, 0, sequence.generated - sequence.served_tokens)
-        sequence.served_tokens = sequence.generated
+        self.queue.served(sequence, 0, sequence.generated)
         self.memory.release(sequence.pages)
         sequence.pages = []
         self._free_slots.append(sequence.slot)

@@ -25,7 +25,6 @@ class Sequence:
     cached_tokens: tokens whose KV was found in the prefix cache when it was last admitted; its prefill starts behind them.
     found_tokens: those that were found when it was first admitted; what a preempted request finds of its own is not counted.
     generated: tokens planned so far, exact unless it decodes; `Scheduler.planned_tokens` is exact always.
-    served_tokens: output tokens that the queue's policy was told of.
     join_tick, finish_tick, page_key: set by the decode set while it decodes.
     """
 
@@ -39,7 +38,6 @@ class Sequence:
     cached_tokens: int = 0
     found_tokens: int = 0
     generated: int = 0
-    served_tokens: int = 0
     preemptions: int = 0
     admitted_s: float | None = None
     load_wait_s: float = 0.0

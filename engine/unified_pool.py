@@ -17,7 +17,10 @@ from engine.residency import AdapterFootprint, Residency, ResidentAdapter
 
 
 class UnifiedPool:
-    """Pages for KV (`kv`) and adapters (`residency`), with the prefix cache (`prefixes`, None where it is off)."""
+    """Pages for KV (`kv`) and adapters (`residency`), with the prefix cache (`prefixes`, None where it is off).
+
+    shared: whether the two take pages from each other.
+    """
 
     def __init__(
         self,
@@ -29,7 +32,7 @@ class UnifiedPool:
         eviction: AdapterEviction = "lru",
         prefix_caching: bool = True,
     ) -> None:
-        self._shared = adapter_pages is None
+        self.shared = adapter_pages is None
         self.kv = PagePool(num_pages if adapter_pages is None else num_pages - adapter_pages)
         self._adapters = (
             self.kv if adapter_pages is None else PagePool(adapter_pages, first=num_pages - adapter_pages)
@@ -49,22 +52,22 @@ class UnifiedPool:
     @property
     def kv_pages(self) -> int:
         """Pages that requests hold."""
-        return self.kv.num_used - (self.residency.pages_held if self._shared else 0)
+        return self.kv.num_used - (self.residency.pages_held if self.shared else 0)
 
     @property
     def evictable_pages(self) -> int:
         """Pages that KV can have beyond the free ones."""
-        return self.kv.num_warm + (self.residency.evictable_pages if self._shared else 0)
+        return self.kv.num_warm + (self.residency.evictable_pages if self.shared else 0)
 
     def available(self, adapter: str | None) -> int:
         """Return the pages that KV of a request of `adapter` can have."""
-        evictable = self.residency.evictable_pages_without(adapter) if self._shared else 0
+        evictable = self.residency.evictable_pages_without(adapter) if self.shared else 0
         return self.kv.num_free + self.kv.num_warm + evictable
 
     def why_never(self, tokens: int, kv_pages: int, adapter: str | None) -> str | None:
         """Return why a request of so many tokens, in so many pages, with this adapter can never run, or None."""
         adapter_pages = 0 if adapter is None else self.residency.footprints[adapter].pages
-        if not self._shared:
+        if not self.shared:
             if adapter_pages > self._adapters.num_pages:
                 return (
                     f"{adapter_pages} pages needed for the adapter, adapters have {self._adapters.num_pages}"
@@ -151,7 +154,7 @@ class UnifiedPool:
         keep: idle adapters that are not evicted for it.
         """
         residency, pool = self.residency, self._adapters
-        wanted = residency.footprints[name].pages + (spare if self._shared else 0)
+        wanted = residency.footprints[name].pages + (spare if self.shared else 0)
         if wanted > pool.num_free + pool.num_warm + residency.evictable_pages:
             return None
         if wanted > pool.num_free and wanted > pool.num_free + pool.num_warm + residency.evictable_pages_but(
@@ -185,7 +188,7 @@ class UnifiedPool:
         self.residency.check_integrity()
         if self.prefixes is not None:
             self.prefixes.check_integrity()
-        if self._shared:
+        if self.shared:
             self.kv.check_integrity(chain(kv_holders, self.residency.holders()))
         else:
             self.kv.check_integrity(kv_holders)
