@@ -86,8 +86,6 @@ class Runner:
         config = blueprint.config
         if config.tp > 1 and communicator is None:
             raise UserError(f"tp={config.tp}: a rank needs the others; engine.build starts them")
-        if config.tp > 1 and config.lora_sharding in ("slora", "slora_published") and blueprint.max_rank:
-            raise UserError(f"lora_sharding={config.lora_sharding!r} at tp={config.tp} is not built yet")
         self._followers = followers
         self.blueprint = blueprint
         self.device = device

@@ -4,6 +4,7 @@ import ast
 import re
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -69,17 +70,29 @@ def engine_module(name: str) -> str | None:
     return parts[1] if module.is_dir() or module.with_suffix(".py").exists() else None
 
 
-def needs_torch(module: str | None, asked: frozenset[str] = frozenset()) -> bool:
-    """Say whether importing engine.X imports a GPU package, by itself or through another of its modules."""
-    if module is None or module in asked:
-        return False
+@cache
+def imported_by(module: str) -> frozenset[str]:
+    """Return the dotted names that engine.X imports."""
     path = ROOT / "engine" / f"{module}.py"
-    if not path.exists():  # a package of the engine: taken to need it
-        return True
-    return any(
-        name.split(".")[0] in GPU or needs_torch(engine_module(name), asked | {module})
-        for _, name in imports(path, path.read_text("utf-8"))
-    )
+    return frozenset(name for _, name in imports(path, path.read_text("utf-8")))
+
+
+@cache
+def needs_torch(module: str | None) -> bool:
+    """Say whether importing engine.X imports a GPU package, by itself or through another of its modules."""
+    seen, left = set[str](), [module]
+    while left:
+        reached = left.pop()
+        if reached is None or reached in seen:
+            continue
+        seen.add(reached)
+        if not (ROOT / "engine" / f"{reached}.py").exists():  # a package of the engine: taken to need it
+            return True
+        names = imported_by(reached)
+        if any(name.split(".")[0] in GPU for name in names):
+            return True
+        left += [engine_module(name) for name in names]
+    return False
 
 
 def faults(path: Path, source: str) -> list[str]:

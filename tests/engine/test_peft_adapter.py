@@ -96,7 +96,20 @@ def test_adapters_file_takes_ranks_from_the_folder(model, tmp_path):
         ({"layers_to_transform": [0]}, "layers_to_transform"),
         ({"peft_type": "IA3"}, "peft_type"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out"),
-        ({"use_bdlora": {"nblocks": 2}}, "not supported yet"),
+        ({"use_bdlora": {"nblocks": 2}}, "must be in target_modules_bd_"),
+        ({"use_bdlora": {"target_modules_bd_a": []}}, "must be an object with nblocks"),
+        ({"use_bdlora": {"nblocks": 0}}, r"nblocks \(=0\) must be in 1..256"),
+        (
+            # as peft's own docstring has it: A and B swapped
+            {
+                "use_bdlora": {
+                    "nblocks": 2,
+                    "target_modules_bd_a": ["q_proj"],
+                    "target_modules_bd_b": ["o_proj"],
+                }
+            },
+            "q_proj must be in target_modules_bd_b and not in target_modules_bd_a",
+        ),
         ({"use_qalora": True}, "use_qalora"),
         ({"trainable_token_indices": [1]}, "embeddings"),
         ({"target_parameters": ["x"]}, "target_parameters"),
