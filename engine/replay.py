@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from engine.blueprint import Blueprint
 from engine.engine import Engine, Generation, StepRecord
 from engine.prefix_keys import keys_of_tokens, tokens_of_blocks
+from engine.replicas import Replicas, Timeline, timeline_of
 from engine.requests import Request
 from engine.scheduler import RefusedError
 from traces import Trace, TraceRequest
@@ -23,11 +24,11 @@ SPIN_S = 200e-6  # the last bit before an arrival is waited for actively, as sle
 
 @dataclass(slots=True)
 class Served:
-    """A trace's request and what became of it; `refused` says why where it never ran."""
+    """A trace's request and what became of it. replica: which one served it last, where there are several."""
 
     asked: TraceRequest
-    generation: Generation | None
-    refused: str | None = None
+    timeline: Timeline
+    replica: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,20 +53,55 @@ def replay(
     progress: called about once a second with (seconds since the start, requests unfinished).
     """
     asked = [_prepare(engine.blueprint, request, seed) for request in trace.requests]
-    served: list[Served] = []
+    sent: list[Generation | str] = []
     started_s = time.perf_counter()
     engine.clock = lambda: time.perf_counter() - started_s
     told_s = 0.0
-    while len(served) < len(asked) or engine.busy:
+    while len(sent) < len(asked) or engine.busy:
         now_s = engine.clock()
-        while len(served) < len(asked) and asked[len(served)].request.arrival_s <= now_s:
-            served.append(_send(engine, asked[len(served)]))
+        while len(sent) < len(asked) and asked[len(sent)].request.arrival_s <= now_s:
+            sent.append(_send(engine, asked[len(sent)]))
         if not engine.turn():
-            _idle(engine, asked[len(served)].request.arrival_s if len(served) < len(asked) else None)
+            _idle(engine, asked[len(sent)].request.arrival_s if len(sent) < len(asked) else None)
         if now_s - told_s >= 1.0:
             told_s = now_s
             progress(now_s, engine.scheduler.num_unfinished)
-    return served
+    return [
+        Served(item.asked, Timeline(refused=found) if isinstance(found, str) else timeline_of(found))
+        for item, found in zip(asked, sent, strict=True)
+    ]
+
+
+def replay_on_replicas(
+    replicas: Replicas,
+    plan: Blueprint,
+    trace: Trace,
+    *,
+    seed: int = 0,
+    progress: Callable[[float, int], None] = lambda _s, _n: None,
+) -> list[Served]:
+    """As `replay`, on replicas behind their router. `plan` is of the whole configuration."""
+    asked = [_prepare(plan, request, seed) for request in trace.requests]
+    found: dict[int | str, tuple[int, Timeline]] = {}
+    started_s = time.perf_counter()
+    replicas.begin(started_s)
+    sent, told_s = 0, 0.0
+    while sent < len(asked) or replicas.num_unfinished:
+        now_s = time.perf_counter() - started_s
+        while sent < len(asked) and asked[sent].request.arrival_s <= now_s:
+            replicas.submit(asked[sent].request, asked[sent].prompt)
+            sent += 1
+        wait_s = asked[sent].request.arrival_s - now_s if sent < len(asked) else 0.01
+        for request_id, replica, timeline in replicas.ended(max(0.0, min(wait_s - SPIN_S, 0.01))):
+            found[request_id] = replica, timeline
+        if now_s - told_s >= 1.0:
+            told_s = now_s
+            progress(now_s, replicas.num_unfinished)
+    return [
+        Served(item.asked, timeline, replica)
+        for item in asked
+        for replica, timeline in [found[item.asked.id]]
+    ]
 
 
 def _prepare(blueprint: Blueprint, asked: TraceRequest, seed: int) -> Prepared:
@@ -86,11 +122,12 @@ def _prepare(blueprint: Blueprint, asked: TraceRequest, seed: int) -> Prepared:
     return Prepared(asked, request, prompt)
 
 
-def _send(engine: Engine, prepared: Prepared) -> Served:
+def _send(engine: Engine, prepared: Prepared) -> Generation | str:
+    """Queue a request; return why, where it can never run."""
     try:
-        return Served(prepared.asked, engine.add(prepared.request, prepared.prompt))
+        return engine.add(prepared.request, prepared.prompt)
     except RefusedError as error:
-        return Served(prepared.asked, None, str(error))
+        return str(error)
 
 
 def _idle(engine: Engine, next_arrival_s: float | None) -> None:
@@ -106,37 +143,33 @@ def _idle(engine: Engine, next_arrival_s: float | None) -> None:
 def requests_frame(served: list[Served], ranks: Mapping[str, int]) -> pd.DataFrame:
     """Return a run record's requests, in the trace's order; times are NaN where a request was refused.
 
-    Where the trace has `prefix_blocks` they are a column too, so that the record can be simulated.
+    Where the trace has `prefix_blocks` they are a column too, so that the record can be simulated; where there were several replicas, `replica`.
     """
     shares = any(item.asked.prefix_blocks is not None for item in served)
+    routed = any(item.replica is not None for item in served)
     rows = []
     for item in served:
-        generation, asked = item.generation, item.asked
+        timeline, asked = item.timeline, item.asked
         row: dict[str, Any] = {
             "id": asked.id,
             "arrival_s": asked.arrival_s,
-            "scheduled_s": np.nan,
-            "first_token_s": np.nan,
-            "finish_s": np.nan,
+            "scheduled_s": timeline.scheduled_s,
+            "first_token_s": timeline.first_token_s,
+            "finish_s": timeline.finish_s if timeline.first_token_s is not None else None,
             "prompt_tokens": asked.prompt_tokens,
             "output_tokens": asked.output_tokens,
             "adapter": asked.adapter,
             "rank": None if asked.adapter is None else ranks[asked.adapter],
-            "load_wait_s": 0.0,
-            "preemptions": 0,
-            "cached_tokens": 0,
+            "load_wait_s": timeline.load_wait_s,
+            "preemptions": timeline.preemptions,
+            "cached_tokens": timeline.found_tokens,
         }
         if shares:
             row["prefix_blocks"] = asked.prefix_blocks
-        if generation is not None:
-            row["scheduled_s"] = generation.sequence.admitted_s
-            row["first_token_s"] = generation.first_token_s
-            row["finish_s"] = generation.finish_s
-            row["load_wait_s"] = generation.sequence.load_wait_s
-            row["preemptions"] = generation.sequence.preemptions
-            row["cached_tokens"] = generation.sequence.found_tokens
+        if routed:
+            row["replica"] = item.replica
         rows.append(row)
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows).astype({"scheduled_s": float, "first_token_s": float, "finish_s": float})
 
 
 def steps_frame(steps: list[StepRecord]) -> pd.DataFrame:

@@ -22,6 +22,7 @@ class Router:
             raise ValueError(f"replicas={replicas} must be at least 1")
         self.policy = policy
         self.loads = [0] * replicas
+        self._alive = list(range(replicas))
         self._next = 0
 
     def route(self, adapter: str | None, tokens: int) -> int:
@@ -34,21 +35,30 @@ class Router:
         """Note the end of a request that was routed to `replica`."""
         self.loads[replica] -= tokens
 
+    def remove(self, replica: int) -> None:
+        """Route around a replica from now on. Raises ValueError for the last one."""
+        if self._alive == [replica]:
+            raise ValueError(f"replica {replica} is the last one")
+        self._alive.remove(replica)
+
     def _choose(self, adapter: str | None, tokens: int) -> int:
+        alive, loads = self._alive, self.loads
         if self.policy == "round_robin":
-            self._next = (self._next + 1) % len(self.loads)
-            return self._next - 1 if self._next else len(self.loads) - 1
+            self._next += 1
+            return alive[(self._next - 1) % len(alive)]
         if self.policy == "adapter_affinity" and adapter is not None:
-            bound = AFFINITY_LOAD_FACTOR * (sum(self.loads) + tokens) / len(self.loads)
-            for replica in _preference(adapter, len(self.loads)):
-                if self.loads[replica] + tokens <= bound or not any(self.loads):
+            total = sum(loads[replica] for replica in alive)
+            bound = AFFINITY_LOAD_FACTOR * (total + tokens) / len(alive)
+            for replica in _preference(adapter, alive):
+                if loads[replica] + tokens <= bound or not total:
                     return replica
-        return self.loads.index(min(self.loads))
+        return min(alive, key=loads.__getitem__)
 
 
-def _preference(adapter: str, replicas: int) -> list[int]:
+def _preference(adapter: str, replicas: list[int]) -> list[int]:
     """Return the replicas in the order in which this adapter prefers them."""
-    weights = [
-        blake2b(f"{adapter}:{replica}".encode(), digest_size=8).digest() for replica in range(replicas)
-    ]
-    return sorted(range(replicas), key=lambda replica: weights[replica], reverse=True)
+    return sorted(
+        replicas,
+        key=lambda replica: blake2b(f"{adapter}:{replica}".encode(), digest_size=8).digest(),
+        reverse=True,
+    )

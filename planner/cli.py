@@ -223,13 +223,8 @@ def _commands(
     if profile is not None:
         simulate += ["--profile", str(profile)]
     hint = "" if folder is not None else "   # after --output-dir plan-output"
-    choices = {"recommended": answer.recommended, "fewest_gpus": answer.fewest_gpus}
-    runs = [name for name, choice in choices.items() if choice is not None and choice.config.gpus == 1]
-    replay = ["python", "-m", "engine", "replay", *flags(runs[0]), "--out", "RUN"] if runs else None
-    return Commands(
-        shlex.join(simulate) + hint,
-        "no replay yet: the engine runs one GPU so far" if replay is None else shlex.join(replay),
-    )
+    replay = ["python", "-m", "engine", "replay", *flags("recommended"), "--out", "RUN"]
+    return Commands(shlex.join(simulate) + hint, shlex.join(replay))
 
 
 def _seconds(flag: str, milliseconds: float | None, default_s: float) -> float:

@@ -87,7 +87,6 @@ def fails(capsys, arguments, message):
         ({"backend": "cuda"}, "backend='cuda' must be one of triton, reference"),
         ({"tp": 3}, "tp (=3) must divide num_heads (=4)"),
         ({"tp": 2, "lora_sharding": "slora"}, "lora_sharding='slora' at tp=2 is not built yet"),
-        ({"replicas": 8}, "replicas=8: the engine replays one replica"),
         ({"gpu": "tpu"}, "gpu 'tpu' is not known"),
         ({"model": "llama-9"}, "llama-9"),
         ({"page_tokens": 1, "num_pages": 400}, "page_tokens must be at least"),
