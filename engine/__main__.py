@@ -158,7 +158,6 @@ def bench(
     """Time steady decode by batch, and a burst, without and with adapters. Prints and writes one row a measurement."""
     from engine.bench import BenchPlan
     from engine.bench import bench as measure
-    from engine.provenance import provenance
 
     if out.exists():
         raise UserError(f"{out}: is there already")
@@ -180,11 +179,7 @@ def bench(
             f"{row['case']:6}  batch {row['batch']:4}  adapters {row['adapters']:4}  TPOT {row['tpot_ms']:7.3f} ms{rps}",
             flush=True,
         )
-    temporary = out.with_name(f".{out.name}.tmp")
-    temporary.write_text(
-        json.dumps({"rows": rows, "config": serving.to_json(), **provenance()}, indent=1), encoding="utf-8"
-    )
-    temporary.replace(out)
+    _write_rows(out, rows, serving)
 
 
 @app.command()
@@ -268,7 +263,6 @@ def load_bench(
     """Time adapter loads from host memory, back to back and beside decode steps. Prints and writes one row a measurement."""
     from engine.build import build_runner
     from engine.load_bench import bench_loads
-    from engine.provenance import provenance
 
     if out.exists():
         raise UserError(f"{out}: is there already")
@@ -285,6 +279,13 @@ def load_bench(
                 for key, value in row.items()
             )
         )
+    _write_rows(out, rows, serving)
+
+
+def _write_rows(out: Path, rows: list[dict[str, Any]], serving: ServingConfig) -> None:
+    """Write a benchmark's rows with where they come from, whole or not at all."""
+    from engine.provenance import provenance
+
     temporary = out.with_name(f".{out.name}.tmp")
     temporary.write_text(
         json.dumps({"rows": rows, "config": serving.to_json(), **provenance()}, indent=1), encoding="utf-8"

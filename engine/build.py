@@ -50,8 +50,6 @@ def build_runner(
     blueprint(
         config, adapters, shape
     )  # what is wrong with the configuration itself is said before processes start
-    if config.tp > 1 and config.lora_sharding in ("slora", "slora_published") and adapters:
-        raise UserError(f"lora_sharding={config.lora_sharding!r} at tp={config.tp} is not built yet")
     device = device_for(config)
     if config.tp == 1:
         return _build(config, adapters, device, seed, progress, register, shape)

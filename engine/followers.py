@@ -6,10 +6,8 @@ identical everywhere, only the weights differ. Tokens are sampled on every rank 
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
 import os
-import signal
 import socket
 import sys
 import threading
@@ -27,13 +25,13 @@ from engine.adapter_loader import AdapterLoader
 from engine.config import ServingConfig
 from engine.errors import UserError
 from engine.model_shape import ModelShape
+from engine.processes import end_with_parent, stop
 from engine.step import Load
 
 if TYPE_CHECKING:
     from engine.runner import GraphKey, Runner
 
 START_TIMEOUT_S = 900.0
-STOP_TIMEOUT_S = 10.0
 POLL_S = 100e-6  # while a load is under way
 
 
@@ -124,15 +122,7 @@ class Followers:
     def close(self) -> None:
         """End the processes."""
         self._closing = True
-        for pipe in self._pipes:
-            try:
-                pipe.send(("stop",))
-            except OSError:
-                continue
-        for process in self._processes:
-            process.join(STOP_TIMEOUT_S)
-            if process.is_alive():
-                process.kill()
+        stop(self._pipes, self._processes)
 
     def _tell(self, message: tuple[Any, ...]) -> None:
         for rank, pipe in enumerate(self._pipes, start=1):
@@ -235,8 +225,7 @@ class GroupLoader:
 
 def follow(task: FollowerTask, pipe: Connection) -> None:
     """Build this rank's part and do as told until the pipe closes."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no rank outlives the first
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with_parent()
     from engine.build import build_rank
 
     try:

@@ -5,10 +5,8 @@ The first process routes requests and collects what became of them. A replica th
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
 import os
-import signal
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -22,6 +20,7 @@ from numpy.typing import NDArray
 from engine.adapter import AdapterSpec
 from engine.config import ServingConfig
 from engine.errors import UserError
+from engine.processes import end_with_parent, stop
 from engine.requests import Request
 from engine.router import Router
 
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
     from engine.engine import Engine, Generation, StepRecord
 
 START_TIMEOUT_S = 900.0
-STOP_TIMEOUT_S = 10.0
 IDLE_S = 0.01
 
 
@@ -156,15 +154,7 @@ class Replicas:
 
     def close(self) -> None:
         """End the processes."""
-        for pipe in self._pipes.values():
-            try:
-                pipe.send(("stop",))
-            except OSError:
-                continue
-        for process in self._processes:
-            process.join(STOP_TIMEOUT_S)
-            if process.is_alive():
-                process.kill()
+        stop(self._pipes.values(), self._processes)
 
     def _forget(self, request_id: int | str) -> None:
         index, request, _ = self._pending.pop(request_id)
@@ -197,8 +187,7 @@ class Replicas:
 
 def serve_replica(task: _Task, pipe: Connection) -> None:
     """Build an engine and serve until the pipe closes."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with_parent()
     os.environ["CUDA_VISIBLE_DEVICES"] = task.devices  # before torch is imported
     from engine.build import build_runner
     from engine.engine import Engine
