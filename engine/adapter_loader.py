@@ -20,7 +20,7 @@ from engine.host_store import HostAdapter, HostStore
 from engine.layout import AdapterLayout
 from engine.model import Buffers
 from engine.step import Load
-from kernels.lora_plan import RANKS, SLOT, TABLE_UNIT, TILE_COLUMNS
+from kernels.lora_plan import FIRST_B, LAYER_ROWS, RANKS, SLOT, TABLE_UNIT, TILE_COLUMNS
 
 
 class _Stage(Enum):
@@ -95,6 +95,8 @@ class AdapterLoader:
         meta[TABLE_UNIT] = pages[0] * self._units_per_page
         meta[SLOT] = slot
         meta[RANKS : RANKS + 7] = [rows_of_b for _, rows_of_b in layout.counts]
+        meta[LAYER_ROWS] = layout.rows_per_layer
+        meta[FIRST_B] = sum(rows_of_a for rows_of_a, _ in layout.counts)
 
     def reset(self) -> None:
         """Forget all loads: wait until none of them touches memory any more, and report none."""

@@ -34,7 +34,7 @@ Int32 = NDArray[np.int32]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchLimits:
     """What bounds a batch on one rank. max_rank: the largest adapter rank (0: no adapters); in_features, widths (of the
-    modules): of the four LoRA groups."""
+    modules): of the four LoRA groups; lora_shards: GPUs over which A's rows of column-parallel modules are spread."""
 
     max_num_seqs: int
     max_rank: int
@@ -42,6 +42,7 @@ class BatchLimits:
     num_kv_heads: int
     in_features: tuple[int, int, int, int]
     widths: tuple[tuple[int, ...], ...]
+    lora_shards: int = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -210,6 +210,7 @@ class BatchBuilder:
             launches=layout.lora,
             in_features=layout.limits.in_features,
             widths=layout.limits.widths,
+            shards=layout.limits.lora_shards,
             tiles_out=views["tiles"],
             headers_out=views["lora_headers"],
             items_out=views["lora_items"],

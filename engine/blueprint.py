@@ -114,9 +114,6 @@ def blueprint(
     model.validate_tp(config.tp)
     if config.merge != "never":
         raise UserError(f"merge={config.merge!r} is not supported yet; use 'never'")
-    if config.tp > 1 and config.lora_sharding in ("slora", "slora_published") and adapters:
-        # Layouts and slices are there; its gathers are neither run by the engine nor priced by the simulator.
-        raise UserError(f"lora_sharding={config.lora_sharding!r} at tp={config.tp} is not built yet")
     geometry = geometry_of(config, model)
     memory = plan_memory(config, model)
     footprints = {name: _footprint(config, model, geometry, spec) for name, spec in adapters.items()}

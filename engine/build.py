@@ -12,7 +12,7 @@ from engine.blueprint import Blueprint, blueprint
 from engine.communicator import Communicator
 from engine.config import ServingConfig
 from engine.errors import UserError
-from engine.followers import Followers, FollowerTask
+from engine.followers import Followers, FollowerTask, free_port
 from engine.model_shape import ModelShape
 from engine.runner import DTYPES, Runner
 from engine.weights import load_weights, random_weights
@@ -53,9 +53,18 @@ def build_runner(
     device = device_for(config)
     if config.tp == 1:
         return _build(config, adapters, device, seed, progress, register, shape)
-    followers = Followers(config, adapters, seed=seed, register=register, shape=shape)
+    task = FollowerTask(
+        rank=0,
+        config=config,
+        adapters=adapters,
+        seed=seed,
+        address=f"tcp://127.0.0.1:{free_port()}",
+        register=register,
+        shape=shape,
+    )
+    followers = Followers.start(task)
     try:
-        communicator = Communicator.join(0, config.tp, followers.address, device)
+        communicator = Communicator.join(0, config.tp, task.address, device)
         runner = _build(config, adapters, device, seed, progress, register, shape, communicator, followers)
         followers.await_ready()
     except BaseException:

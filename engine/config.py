@@ -19,6 +19,7 @@ SchedulerPolicy = Literal["fcfs", "clustered", "fair", "slo"]
 AdapterEviction = Literal["lru", "gdsf"]
 RouterPolicy = Literal["round_robin", "least_loaded", "adapter_affinity"]
 Placement = Literal["everywhere"]
+Collectives = Literal["fast", "nccl"]
 
 ITEMSIZE_BYTES: dict[str, int] = {"bfloat16": 2, "float16": 2, "float32": 4}
 SCHEMA_VERSION = 1
@@ -32,6 +33,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "adapter_eviction": get_args(AdapterEviction),
     "router": get_args(RouterPolicy),
     "placement": get_args(Placement),
+    "collectives": get_args(Collectives),
 }
 # Field -> (lowest, highest) of the integer fields; None is no bound.
 _INTEGERS: dict[str, tuple[int, int | None]] = {
@@ -80,6 +82,7 @@ class ServingConfig:
     adapter_weights: shares of the scheduler `fair` by adapter; one that is not named has 1.
     max_adapter_rank: largest rank that may be registered while serving; None is that of the adapters given at the start.
     max_adapters: most adapters on the GPU at a time while serving; None is those given at the start.
+    collectives: how GPUs of one replica exchange: fast, by kernels that read each other's memory where that is faster, or all by nccl.
 
     Raises UserError naming field, value and bound.
     """
@@ -110,6 +113,7 @@ class ServingConfig:
     adapter_weights: Mapping[str, float] = field(default_factory=dict, hash=False)
     max_adapter_rank: int | None = None
     max_adapters: int | None = None
+    collectives: Collectives = "fast"
     backend: Backend = "triton"
     dtype: Dtype = "bfloat16"
 

@@ -11,8 +11,8 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import TYPE_CHECKING, Any
@@ -47,45 +47,36 @@ class FollowerTask:
     config: ServingConfig
     adapters: Mapping[str, AdapterSpec]
     seed: int
-    address: str
+    address: str  # where the ranks meet
     register: bool
     shape: ModelShape | None
 
 
 class Followers:
-    """Ranks 1 … tp − 1, started by rank 0."""
+    """Ranks 1 … tp − 1, by their pipes in this order. processes: those that rank 0 started, to be watched and ended by it."""
 
-    def __init__(
-        self,
-        config: ServingConfig,
-        adapters: Mapping[str, AdapterSpec],
-        *,
-        seed: int,
-        register: bool,
-        shape: ModelShape | None,
-    ) -> None:
-        self.address = f"tcp://127.0.0.1:{_free_port()}"
+    def __init__(self, pipes: Sequence[Connection], processes: Sequence[BaseProcess] = ()) -> None:
         self._closing = False
-        self._pipes: list[Connection] = []
-        self._processes: list[BaseProcess] = []
+        self._pipes = list(pipes)
+        self._processes = list(processes)
+        if processes:
+            threading.Thread(target=self._watch, daemon=True, name="rank-watch").start()
+
+    @classmethod
+    def start(cls, task: FollowerTask) -> Followers:
+        """Start the other ranks' processes. task: of any of them."""
+        pipes, processes = [], []
         context = multiprocessing.get_context("spawn")
-        for rank in range(1, config.tp):
+        for rank in range(1, task.config.tp):
             ours, theirs = context.Pipe()
-            task = FollowerTask(
-                rank=rank,
-                config=config,
-                adapters=adapters,
-                seed=seed,
-                address=self.address,
-                register=register,
-                shape=shape,
+            process = context.Process(
+                target=follow, args=(replace(task, rank=rank), theirs), name=f"rank-{rank}", daemon=True
             )
-            process = context.Process(target=follow, args=(task, theirs), name=f"rank-{rank}", daemon=True)
             process.start()
             theirs.close()
-            self._pipes.append(ours)
-            self._processes.append(process)
-        threading.Thread(target=self._watch, daemon=True, name="rank-watch").start()
+            pipes.append(ours)
+            processes.append(process)
+        return cls(pipes, processes)
 
     def await_ready(self) -> None:
         """Wait until every rank is built. Raises RankError where one cannot be."""
@@ -231,7 +222,7 @@ def follow(task: FollowerTask, pipe: Connection) -> None:
     try:
         runner = build_rank(task)
         pipe.send(("ready",))
-        _serve(runner, pipe)
+        serve_rank(runner, pipe)
     except UserError as error:
         pipe.send(("user_error", str(error)))
     except (EOFError, BrokenPipeError):
@@ -241,7 +232,8 @@ def follow(task: FollowerTask, pipe: Connection) -> None:
         raise
 
 
-def _serve(runner: Runner, pipe: Connection) -> None:
+def serve_rank(runner: Runner, pipe: Connection) -> None:
+    """Do what rank 0 says until it says stop."""
     while True:
         loading = runner.loader.num_loading > 0
         if not loading or pipe.poll(POLL_S):
@@ -261,7 +253,8 @@ def _serve(runner: Runner, pipe: Connection) -> None:
             pipe.send(("load", name, reason))
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port of this host that nobody listens on."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port: int = listener.getsockname()[1]

@@ -12,17 +12,19 @@ import torch.nn.functional as F
 
 from engine.batch import DeviceBatch
 from engine.budget import ATTENTION_PARTIAL_ROWS
-from engine.communicator import Communicator
 from engine.config import ServingConfig
 from engine.layout import PageGeometry
 from engine.model_shape import GROUPS, ModelShape
 from engine.ops import Ops
 from engine.rotary import cos_sin_table
+from engine.tensor_parallel import TensorParallel
 from engine.weights import ModelWeights
-from kernels.lora_plan import bridge_width
+from kernels.lora_plan import COLUMN_PARALLEL, bridge_width
+from kernels.lora_plan import GROUPS as MODULE_RANGES
 
 DECODE_PROGRAMS = 132 * 4  # fill an H200 at head_dim 128
 PREFILL_PROGRAMS = 132 * 3
+ROW_GROUPS = tuple(group for group, (first, _) in enumerate(MODULE_RANGES) if not COLUMN_PARALLEL[first])
 
 
 @dataclass(slots=True)
@@ -56,9 +58,10 @@ class Model:
         ops: Ops,
         buffers: Buffers,
         max_rank: int,
-        communicator: Communicator | None = None,
+        parallel: TensorParallel | None = None,
     ) -> None:
-        self.communicator = communicator
+        self.parallel = parallel
+        self.communicator = None if parallel is None else parallel.communicator
         self.shape = shape
         self.weights = weights
         self.buffers = buffers
@@ -70,8 +73,7 @@ class Model:
         device = buffers.pool.device
         self._products = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.cos_sin = cos_sin_table(shape, config.max_model_len).to(buffers.pool.device)
-        linears = shape.linear_shapes(config.tp)
-        self.widths = tuple(tuple(linears[module][0] for module in group) for group in GROUPS)
+        self.widths = lora_widths(shape, config)
 
     def forward(self, batch: DeviceBatch) -> torch.Tensor:
         """Run one step; return the sampled tokens [sample rows] int64, which also become their sequences' last tokens."""
@@ -84,12 +86,12 @@ class Model:
             qkv = self._linear(batch, index, 0, x, layer.qkv, layer.qkv_bias)
             attended = self._attention(batch, index, qkv)
             x = self._linear(batch, index, 1, attended, layer.o)
-            x = self._add_norm(x, residual, layer.post_norm)
+            x = self._add_norm(1, x, residual, layer.post_norm)
             x = ops.silu_mul(self._linear(batch, index, 2, x, layer.gate_up))
             x = self._linear(batch, index, 3, x, layer.down)
             last = index + 1 == len(weights.layers)
             norm = weights.norm if last else weights.layers[index + 1].input_norm
-            x = self._add_norm(x, residual, norm)
+            x = self._add_norm(3, x, residual, norm)
         return self._sample(batch, x)
 
     def _embed(self, ids: torch.Tensor) -> torch.Tensor:
@@ -102,10 +104,12 @@ class Model:
         rows = F.embedding(torch.where(mine, ids - first, 0), embed)
         return communicator.all_reduce_(rows.masked_fill_(~mine[:, None], 0))
 
-    def _add_norm(self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def _add_norm(
+        self, group: int, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor
+    ) -> torch.Tensor:
         """Add a row-parallel linear's output to the residual stream, in place, and return the norm of it."""
-        if self.communicator is not None:
-            self.communicator.all_reduce_(x)
+        if self.parallel is not None:
+            return self.parallel.add_rms_norm_(group, x, residual, weight, self.shape.rms_norm_eps)
         normed: torch.Tensor = self.ops.add_rms_norm_(x, residual, weight, self.shape.rms_norm_eps)
         return normed
 
@@ -120,9 +124,11 @@ class Model:
     ) -> torch.Tensor:
         """Return x · Wᵀ (+ bias) with each row's adapter added."""
         if not batch.with_lora:
-            return F.linear(x, weight, bias)
+            return self._product(group, x, weight, bias)
         if self._products is None:
-            bridge, y = self.lora_shrink(batch, layer, group, x), F.linear(x, weight, bias)
+            bridge, y = self.lora_shrink(batch, layer, group, x), self._product(group, x, weight, bias)
+            if self.parallel is not None and self.parallel.slora:
+                bridge = self.parallel.collect_h(batch, group, bridge)
         else:
             # Side by side; the shrink stays in the main stream, where it starts under the kernel ahead. Both streams wait for each other
             # at every product, so memory freed in one is free in the other.
@@ -130,22 +136,34 @@ class Model:
             self._products.wait_stream(main)
             bridge = self.lora_shrink(batch, layer, group, x)
             with torch.cuda.stream(self._products):
-                y = F.linear(x, weight, bias)
+                y = self._product(group, x, weight, bias)
+            if self.parallel is not None and self.parallel.slora:
+                bridge = self.parallel.collect_h(batch, group, bridge)
             main.wait_stream(self._products)
         self.lora_expand_(batch, layer, group, bridge, y)
         return y
+
+    def _product(
+        self, group: int, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        if self.parallel is not None and group in ROW_GROUPS:
+            out = self.parallel.output(group, len(x))
+            if out is not None:
+                return torch.mm(x, weight.t(), out=out)
+        return F.linear(x, weight, bias)
 
     def lora_shrink(self, batch: DeviceBatch, layer: int, group: int, x: torch.Tensor) -> torch.Tensor:
         """Return what each row's adapter's A makes of x, for one group of linears, as the bridge's planes."""
         launch, views, buffers = batch.layout.lora[group], batch.views, self.buffers
         width = bridge_width(self.max_rank)
         planes = launch.max_splits * len(x) * width
+        flat = None if self.parallel is None else self.parallel.bridge(group, planes)
         bridge: torch.Tensor = self.ops.lora_shrink(
             x,
             buffers.pool,
             views["lora_headers"],
             views["lora_items"],
-            buffers.bridge[:planes].view(launch.max_splits, len(x), width),
+            (buffers.bridge[:planes] if flat is None else flat).view(launch.max_splits, len(x), width),
             group=group,
             layer=layer,
             tile_tokens=launch.tile_tokens,
@@ -159,6 +177,10 @@ class Model:
     ) -> None:
         """Add to y, in place, what each row's adapter's B makes of the bridge, for one group of linears."""
         launch, views, buffers = batch.layout.lora[group], batch.views, self.buffers
+        slora = self.parallel is not None and self.parallel.slora
+        if self.parallel is not None and slora and group in ROW_GROUPS:  # B gives this rank's columns of the sum
+            (width,) = self.widths[group]
+            y = y[:, self.parallel.rank * width : (self.parallel.rank + 1) * width]
         self.ops.lora_expand_(
             y,
             bridge,
@@ -173,6 +195,7 @@ class Model:
             tile_tokens=launch.tile_tokens,
             num_programs=launch.expand_programs,
             tuning=launch.expand,
+            summed=slora,
         )
 
     def _attention(self, batch: DeviceBatch, layer: int, qkv: torch.Tensor) -> torch.Tensor:
@@ -248,6 +271,16 @@ class Model:
             return logits
         ranges = [self.shape.vocab_range(communicator.size, rank) for rank in range(communicator.size)]
         return communicator.gather_columns(logits, [last - first for first, last in ranges])
+
+
+def lora_widths(shape: ModelShape, config: ServingConfig) -> tuple[tuple[int, ...], ...]:
+    """Return how many outputs B gives on one rank, of the modules of each group."""
+    linears = shape.linear_shapes(config.tp)
+    slora = config.tp > 1 and config.lora_sharding in ("slora", "slora_published")
+    return tuple(
+        tuple(linears[module][0] // (config.tp if slora and group in ROW_GROUPS else 1) for module in modules)
+        for group, modules in enumerate(GROUPS)
+    )
 
 
 def new_buffers(

@@ -325,14 +325,15 @@ def lora_us(runner: Runner, batch: DeviceBatch) -> float:
     """Return the microseconds of shrink + expand of one layer's seven linears, averaged over all layers."""
     model = runner.model
     layers = runner.blueprint.model.num_layers
-    linears = runner.blueprint.model.linear_shapes(1)
+    linears = runner.blueprint.model.linear_shapes(runner.blueprint.config.tp)
     tokens = batch.layout.tokens
     inputs = [
         torch.randn(tokens, linears[group[0]][1], dtype=runner.dtype, device=runner.device)
         for group in GROUPS
     ]
     outputs = [
-        torch.zeros(tokens, sum(widths), dtype=runner.dtype, device=runner.device) for widths in model.widths
+        torch.zeros(tokens, sum(linears[m][0] for m in group), dtype=runner.dtype, device=runner.device)
+        for group in GROUPS
     ]
 
     def call() -> None:

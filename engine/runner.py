@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,12 +27,13 @@ from engine.errors import UserError
 from engine.followers import Followers, GroupLoader
 from engine.graph_sizes import graph_sizes, padded_tokens
 from engine.host_store import HostStore
-from engine.model import DECODE_PROGRAMS, Model, new_buffers
+from engine.model import DECODE_PROGRAMS, Model, lora_widths, new_buffers
 from engine.model_shape import GROUPS
 from engine.ops import ops_for
 from engine.sampling import Sampling
 from engine.sequence import Sequence
 from engine.step import Load, Step
+from engine.tensor_parallel import TensorParallel
 from engine.weights import ModelWeights
 from kernels.lora_launch import LAUNCH_BOUNDARIES
 from kernels.lora_plan import bridge_width
@@ -105,6 +106,19 @@ class Runner:
             device=device,
             dtype=self.dtype,
         )
+        parallel = None
+        if communicator is not None:
+            parallel = TensorParallel(
+                communicator,
+                config,
+                self.ops,
+                hidden=blueprint.model.hidden_size,
+                rows=most_tokens,
+                max_rank=self._limits.max_rank,
+                bridge_elems=bridge,
+                device=device,
+                dtype=self.dtype,
+            )
         self.model = Model(
             blueprint.model,
             config,
@@ -113,7 +127,7 @@ class Runner:
             self.ops,
             self.buffers,
             self._limits.max_rank,
-            communicator,
+            parallel,
         )
         rank = 0 if communicator is None else communicator.rank
         self.store = HostStore(blueprint, self.dtype, device, seed=seed, rank=rank)
@@ -141,6 +155,7 @@ class Runner:
         ]
         self._turn = 0
         self._graphs: dict[GraphKey, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+        self._graph_pool: Any = None  # memory that all graphs share, as one runs at a time
 
     def _bridge_elems(self, most_tokens: int) -> int:
         if not self._limits.max_rank:
@@ -264,8 +279,8 @@ class Runner:
 
     # ---- graphs ----
 
-    def capture(self) -> Iterator[GraphKey]:
-        """Capture a graph for every padded size, decodes alone and mixed, with and without adapters; yield each when done.
+    def capture(self, keys: Iterable[GraphKey] | None = None) -> Iterator[GraphKey]:
+        """Capture a graph for every padded size, decodes alone and mixed, with and without adapters, or for `keys`; yield each when done.
 
         The metadata is empty while capturing: no row is real, so nothing is read or written through the page table.
         """
@@ -274,13 +289,16 @@ class Runner:
         gc.collect()
         gc.disable()  # what is freed while a graph is captured may call CUDA, and that spoils the capture
         try:
-            yield from self._capture_all()
+            for key in self.graph_keys() if keys is None else keys:
+                if key not in self._graphs:
+                    self._capture_one(key)
+                    yield key
         finally:
             gc.enable()
 
-    def _capture_all(self) -> Iterator[GraphKey]:
+    def graph_keys(self) -> Iterator[GraphKey]:
+        """Yield what a step can run as, the largest first."""
         config = self.blueprint.config
-        pool = torch.cuda.graph_pool_handle()
         most_tokens = padded_tokens(config.max_num_batched_tokens, config.graph_max_tokens)
         for tokens in reversed(graph_sizes(config.graph_max_tokens)):
             if tokens > most_tokens:
@@ -289,17 +307,17 @@ class Runner:
                 if decode_only and padded_tokens(config.max_num_seqs, config.graph_max_tokens) < tokens:
                     continue
                 for with_lora in (False, True) if self._limits.max_rank else (False,):
-                    key = GraphKey(tokens=tokens, decode_only=decode_only, with_lora=with_lora)
-                    self._capture_one(key, pool)
-                    yield key
+                    yield GraphKey(tokens=tokens, decode_only=decode_only, with_lora=with_lora)
 
-    def _capture_one(self, key: GraphKey, pool: Any) -> None:
+    def _capture_one(self, key: GraphKey) -> None:
+        if self._graph_pool is None:
+            self._graph_pool = torch.cuda.graph_pool_handle()
         layout = self.layout(key.tokens)
         self.clear_metadata(layout)
         self._forward(key, layout)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
+        with torch.cuda.graph(graph, pool=self._graph_pool):
             tokens = self._forward(key, layout)
         self._graphs[key] = (graph, tokens)
 
@@ -321,5 +339,6 @@ def _limits_of(blueprint: Blueprint) -> BatchLimits:
         num_heads=model.heads_per_rank(config.tp),
         num_kv_heads=model.kv_heads_per_rank(config.tp),
         in_features=(inputs[0], inputs[1], inputs[2], inputs[3]),
-        widths=tuple(tuple(linears[module][0] for module in group) for group in GROUPS),
+        widths=lora_widths(model, config),
+        lora_shards=config.tp if config.lora_sharding in ("slora", "slora_published") else 1,
     )

@@ -62,12 +62,8 @@ def locate(
         h_first += in_1 * tl.load(record + 4 + FIRST)
     if W2 > 0:
         h_first += in_2 * tl.load(record + 5 + FIRST)
-    entry = (
-        tl.load(record).to(tl.int64) * 32
-        + (layer * 2 + 1) * sum_ranks(record, 0, 7)
-        + sum_ranks(record, 0, FIRST)
-        + h_first
-    )
+    entry = tl.load(record).to(tl.int64) * 32 + layer * tl.load(record + 11) + tl.load(record + 12)
+    entry += sum_ranks(record, 0, FIRST) + h_first
     width = W0 + in_1 * (W1 - W0) + in_2 * (W2 - W1)
     y_first = in_1 * W0 + in_2 * W1
     n_first = tl.multiple_of((block - in_1 * blocks_0 - in_2 * blocks_1) * item_n, 256)
@@ -283,11 +279,13 @@ def expand_tile_apart(
 def lora_expand_kernel(
     y, bridge, scales, pool, table, tiles, num_tiles, headers, stride_y, stride_plane, stride_bridge, width_of_bridge, stride_scales, layer,
     GROUP: tl.constexpr, FIRST: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, W2: tl.constexpr, TILE_TOKENS: tl.constexpr,
-    STAGES: tl.constexpr, UNIT: tl.constexpr, PDL: tl.constexpr, ROW_PATH: tl.constexpr,
+    STAGES: tl.constexpr, UNIT: tl.constexpr, PDL: tl.constexpr, ROW_PATH: tl.constexpr, SUMMED: tl.constexpr,
 ):  # fmt: skip
     EVEN: tl.constexpr = W0 % 256 == 0 and W1 % 256 == 0 and W2 % 256 == 0
     let_successor_start(PDL)
     splits = tl.load(headers + GROUP * 8 + 3)
+    if SUMMED:
+        splits = tl.full((), 1, tl.int32)
     item_n = tl.multiple_of(tl.load(headers + GROUP * 8 + 4), 256)
     blocks = (W0 + item_n - 1) // item_n + (W1 + item_n - 1) // item_n + (W2 + item_n - 1) // item_n
     total = tl.load(num_tiles) * blocks
@@ -366,13 +364,14 @@ def lora_expand_(
     tile_tokens: int,
     num_programs: int,
     tuning: ExpandTuning | None = None,
+    summed: bool = False,
 ) -> torch.Tensor:
     """Add the LoRA update of one group of modules to `y` in place, and return it.
 
     y: [T, Σ widths] of the pool's dtype, rows contiguous, the modules' outputs side by side. bridge: fp32 [>= parts, >= T, width], what
     `lora_shrink` wrote with the same lists. scales: fp32 [max_slots, 7]. tiles: int32 [capacity, 16], num_tiles: int32 [1], headers:
     int32 [4, 8], as cut by `plan_lora` with the same tile_tokens. pool, layer, num_programs, tuning.pdl: as in `lora_shrink`.
-    widths: `out` of the group's modules, in order. Rows of no tile and modules of rank 0 keep their bits.
+    summed: the bridge's first plane already is h. widths: `out` of the group's modules, in order. Rows of no tile and modules of rank 0 keep their bits.
     Raises ValueError on a shape, dtype, stride or device that does not fit.
     """
     tuning = tuning or ExpandTuning()
@@ -393,6 +392,6 @@ def lora_expand_(
         y, bridge, scales, pool, pool.view(torch.int32), tiles, num_tiles, headers,
         y.stride(0), bridge.stride(0), bridge.stride(1), bridge.shape[2], scales.stride(0), layer,
         GROUP=group, FIRST=first, W0=w0, W1=w1, W2=w2, TILE_TOKENS=tile_tokens, STAGES=tuning.num_stages,
-        UNIT=ROW_ALIGN_BYTES // pool.element_size(), ROW_PATH=tuning.row_path, **launch_options(y, tuning),
+        UNIT=ROW_ALIGN_BYTES // pool.element_size(), ROW_PATH=tuning.row_path, SUMMED=summed, **launch_options(y, tuning),
     )  # fmt: skip
     return y

@@ -11,7 +11,17 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from kernels.lora_plan import RANKS, ROW_ALIGN_BYTES, SLOT, TABLE_UNIT, TILE_COLUMNS, a_row, b_row
+from kernels.lora_plan import (
+    FIRST_B,
+    LAYER_ROWS,
+    RANKS,
+    ROW_ALIGN_BYTES,
+    SLOT,
+    TABLE_UNIT,
+    TILE_COLUMNS,
+    a_row,
+    b_row,
+)
 
 # (in, out) of q, k, v, o, gate, up, down of one Llama-3.1-8B layer.
 LLAMA_8B = (
@@ -94,6 +104,7 @@ def pack_random(
         ).to(device)
         meta[adapter, [TABLE_UNIT, SLOT]] = table_at // ROW_ALIGN_BYTES, adapter
         meta[adapter, RANKS : RANKS + 7] = ranks[adapter]
+        meta[adapter, [LAYER_ROWS, FIRST_B]] = 2 * sum(ranks[adapter]), sum(ranks[adapter])
         if poison:
             for start, length in zip(starts // itemsize, rows[:, 2], strict=True):
                 pool.view(-1)[start : start + length] = random[start : start + length]

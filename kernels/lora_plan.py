@@ -18,10 +18,12 @@ from kernels.lora_launch import LoraLaunch
 MODULES = ("q", "k", "v", "o", "gate", "up", "down")
 GROUPS = ((0, 3), (3, 4), (4, 6), (6, 7))  # modules of group g: [first, last); they share their input
 NUM_GROUPS = len(GROUPS)
+COLUMN_PARALLEL = (True, True, True, False, True, True, False)  # modules whose outputs tensor parallelism cuts; of the others, the inputs
 _GROUP_STARTS = [first for first, _ in GROUPS]
 
-# Columns of a tile record, and of a row of `adapter_meta`.
-TABLE_UNIT, ROW_START, ROW_COUNT, SLOT, RANKS = 0, 1, 2, 3, 4
+# Columns of a tile record, and of a row of `adapter_meta`: ranks are rows of B; LAYER_ROWS are entries of the row table a layer, FIRST_B
+# the first of them that is of B.
+TABLE_UNIT, ROW_START, ROW_COUNT, SLOT, RANKS, LAYER_ROWS, FIRST_B = 0, 1, 2, 3, 4, 11, 12
 TILE_COLUMNS = 16
 ROW_ALIGN_BYTES = 128
 ENTRIES_PER_UNIT = ROW_ALIGN_BYTES // 4
@@ -54,6 +56,7 @@ def plan_lora(
     launches: Sequence[LoraLaunch],
     in_features: Sequence[int],
     widths: Sequence[Sequence[int]],
+    shards: int = 1,
     tiles_out: Int32,
     headers_out: Int32,
     items_out: Int32,
@@ -61,8 +64,9 @@ def plan_lora(
     """Cut segments into tiles and shrink items; return (number of tiles, number of shrink items of all groups).
 
     slots, row_starts, row_counts: int32 [n], one entry a segment; a negative slot is base-only and gets no tile, nor does an empty one.
-    adapter_meta: int32 [max_slots, 16], columns (table_unit, 0, 0, slot, r_q … r_down, 0…). launches, in_features, widths
-    (`out` of the modules): of the four groups.
+    adapter_meta: int32 [max_slots, 16], columns (table_unit, 0, 0, slot, r_q … r_down, rows a layer, first row of B, 0…). launches,
+    in_features, widths (`out` of the modules): of the four groups. shards: GPUs that the A rows of qkv and gate_up are spread over, under
+    S-LoRA's tensor parallelism; this one has 1/shards of each module's, rounded up.
     tiles_out: int32 [tile capacity, 16] and items_out: int32 [item capacity, 4], filled from their start, the rest untouched.
     headers_out: int32 [4, 8], (first item, items, elements of a part, parts, columns of an expand item, 0…) of each group.
     Raises ValueError when a capacity is too small.
@@ -90,18 +94,22 @@ def plan_lora(
     np.minimum(counts, most, out=tiles[:, ROW_COUNT])
     for header, launch, group_widths in zip(headers_out, launches, widths, strict=True):
         header[ITEM_N] = _item_columns(num_tiles, launch, group_widths)
-    return num_tiles, _plan_items(tiles, launches, in_features, headers_out, items_out)
+    return num_tiles, _plan_items(tiles, launches, in_features, shards, headers_out, items_out)
 
 
 def _plan_items(
     tiles: Int32,
     launches: Sequence[LoraLaunch],
     in_features: Sequence[int],
+    shards: int,
     headers_out: Int32,
     items_out: Int32,
 ) -> int:
     num_tiles = len(tiles)
     ranks = tiles[:, RANKS : RANKS + 7]
+    if shards > 1:
+        divisors = np.array([shards if column else 1 for column in COLUMN_PARALLEL], np.int32)
+        ranks = -(-ranks // divisors)
     group_rows = np.add.reduceat(ranks, _GROUP_STARTS, axis=1).T  # [4, tiles]
     group_ends = np.cumsum(group_rows, axis=0, dtype=np.int32)
     blocks = (group_rows + np.int32(RANK_BLOCK - 1)) // np.int32(RANK_BLOCK)
@@ -117,12 +125,11 @@ def _plan_items(
     index, number = _unroll(blocks.ravel())  # index: group · tiles + tile
     tile = index % num_tiles
     low = number * np.int32(RANK_BLOCK)
-    all_ranks = group_ends[-1]
     before = (group_ends - group_rows).ravel()
     live_rows = np.minimum(RANK_BLOCK, group_rows.ravel()[index] - low)
     items = items_out[:total]
     items[:, ITEM_TABLE_UNIT] = tiles[tile, TABLE_UNIT]
-    items[:, ITEM_ENTRIES] = (before[index] + low) | (2 * all_ranks[tile] << 16)
+    items[:, ITEM_ENTRIES] = (before[index] + low) | (tiles[tile, LAYER_ROWS] << 16)
     items[:, ITEM_ROW_START] = tiles[tile, ROW_START]
     items[:, ITEM_SIZES] = tiles[tile, ROW_COUNT] | (live_rows << 8) | (low << 16)
     return total

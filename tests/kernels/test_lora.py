@@ -343,7 +343,7 @@ def plan(segments, meta, launch=None, tiles=64, items=512, in_features=(4096,) *
 def meta_of(*ranks):
     meta = np.zeros((len(ranks), TILE_COLUMNS), np.int32)
     for slot, seven in enumerate(ranks):
-        meta[slot] = [1000 + slot, 0, 0, slot, *seven, *([0] * 5)]
+        meta[slot] = [1000 + slot, 0, 0, slot, *seven, 2 * sum(seven), sum(seven), 0, 0, 0]
     return meta
 
 
