@@ -32,26 +32,61 @@ def _tell(message: str) -> None:
 def profile(
     out: Annotated[Path, typer.Option(help="Folder to write the profile into: <model>.<gpu>.json.")],
     model: Annotated[str, typer.Option(help="A catalogue name or a path to a config.json.")] = "llama-3.1-8b",
-    tp: Annotated[int, typer.Option(help="Tensor-parallel degree of whole steps; 1 for now.")] = 1,
+    tp: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="GPUs of a replica. 1 measures operators and steps; more measure steps in every way that adapters can be cut.",
+        ),
+    ] = 1,
     quick: Annotated[
         bool, typer.Option(help="Thin every grid: a minute instead of several, to try the tool.")
     ] = False,
-    max_num_batched_tokens: Annotated[int, typer.Option(help="Largest step that is measured.")] = 2048,
+    max_num_batched_tokens: Annotated[
+        int, typer.Option(help="Largest step that is measured, at --tp 1.")
+    ] = 2048,
+    ranks: Annotated[str, typer.Option(help="Adapter ranks, at --tp above 1.")] = "16,64",
+    adapters: Annotated[int, typer.Option(min=1, help="Adapters of each kind, at --tp above 1.")] = 64,
+    requests: Annotated[
+        int, typer.Option(min=0, help="Requests of the bursts that are served in each mode, at --tp above 1.")
+    ] = 0,
 ) -> None:
     """Measure operators and whole steps on this GPU, over a designed grid, with medians over graph replays."""
-    from engine.profiler import profile as measure
-
     config = ServingConfig(model=model, tp=tp, max_num_batched_tokens=max_num_batched_tokens)
-    target = out / f"{Path(model).stem if Path(model).exists() else model}.{config.gpu}.json"
+    suffix = f".tp{tp}" if tp > 1 else ""
+    target = out / f"{Path(model).stem if Path(model).exists() else model}.{config.gpu}{suffix}.json"
     if target.exists():
         raise UserError(f"{target}: is there already")
     check_writable(target)
+    if tp > 1:
+        _profile_parallel(config, target, ranks, adapters, requests, quick)
+        print(target)
+        return
+    from engine.profiler import profile as measure
+
     data = measure(config, quick=quick, progress=_tell)
     out.mkdir(parents=True, exist_ok=True)
     temporary = target.with_suffix(".tmp")
     temporary.write_text(_compact(data), encoding="utf-8")
     temporary.replace(target)
     print(target)
+
+
+def _profile_parallel(
+    config: ServingConfig, target: Path, ranks: str, adapters: int, requests: int, quick: bool
+) -> None:
+    from engine.parallel_profile import ParallelPlan, profile_parallel
+
+    try:
+        wanted = tuple(int(part) for part in ranks.split(","))
+    except ValueError:
+        raise UserError(f"--ranks takes numbers as in 16,64, not {ranks!r}") from None
+    plan = ParallelPlan(
+        ranks=wanted, adapters=adapters, grid=8 if quick else ParallelPlan().grid, requests=requests
+    )
+    seats = max(plan.batches)
+    config = config.with_changes(max_num_batched_tokens=1024, max_num_seqs=max(seats, 256))
+    profile_parallel(config, plan, target, progress=_tell)
 
 
 def _compact(data: dict[str, Any]) -> str:

@@ -1,7 +1,7 @@
 """`python -m engine profile --tp N`: whole steps under tensor parallelism, in every way that adapters can be cut, and what the exchanges take.
 
-All ranks build the same runners one after the other on one set of weights, and time the same made-up steps in lockstep; rank 0 reports. Operators at TP N
-need no second profile: the profile of one GPU has them for the shapes of a shard.
+All ranks build the same runners one after the other on one set of weights, and time the same made-up steps in lockstep; rank 0 reports.
+Operators at TP N need no second profile: the profile of one GPU has them for the shapes of a shard.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.multiprocessing.spawn import spawn
 
 from engine.adapter import AdapterSpec
 from engine.blueprint import Blueprint, blueprint
@@ -108,14 +109,14 @@ def profile_parallel(
     progress: Progress,
     shape: ModelShape | None = None,
 ) -> None:
-    """Measure and write `target`, anew after every mode, so that an end by force loses little. Starts config.tp processes and is rank 0 of none."""
+    """Measure and write `target`, anew after every mode, so that an end by force loses little. Starts config.tp processes and is none of them."""
     context = torch.multiprocessing.get_context("spawn")
     pipes = [context.Pipe() for _ in range(config.tp - 1)]
     address = f"tcp://127.0.0.1:{free_port()}"
     model = shape or load_model_shape(config.model)
     arguments = (config, plan, model, address, pipes, str(target))
     progress(f"{config.tp} ranks of {model.name}")
-    torch.multiprocessing.spawn(_rank, args=arguments, nprocs=config.tp)
+    spawn(_rank, args=arguments, nprocs=config.tp)
 
 
 def _rank(
@@ -195,7 +196,11 @@ class _Rank:
             group = [None, *groups][int(rng.integers(1 + len(groups)))]
             count = int(rng.integers(1, plan.adapters + 1))
             rows = int(np.exp(rng.uniform(0, np.log(config.max_num_seqs - 1))))
-            kv = (np.exp(rng.uniform(3.5, 6.5)) * rng.lognormal(0, 0.5, rows)).clip(8, config.max_model_len // 2).astype(int)
+            kv = (
+                (np.exp(rng.uniform(3.5, 6.5)) * rng.lognormal(0, 0.5, rows))
+                .clip(8, config.max_model_len // 2)
+                .astype(int)
+            )
             names = [
                 None if group is None else f"{group}-{int(rng.integers(count))}" for _ in range(rows + 1)
             ]
@@ -216,9 +221,8 @@ class _Rank:
         return row
 
     def _label(self, case: str, group: str | None) -> dict[str, Any]:
-        if group is None:
-            sharding = "base"
-        else:
+        sharding = "base"
+        if group is not None:
             sharding = self.mode.dense_label if group.startswith(DENSE) else "block_diagonal"
         config = self.runner.blueprint.config
         return {
@@ -251,8 +255,9 @@ class _Rank:
             return
         assert self.runner._followers is not None
         first = self.mode == plan.modes[0]
-        for group in (None, *groups) if first else groups:
-            yield self._burst(plan, group)
+        served: list[str | None] = [None, *groups] if first else [*groups]
+        for adapters in served:
+            yield self._burst(plan, adapters)
         self.runner._followers.close()
 
     def _burst(self, plan: ParallelPlan, group: str | None) -> dict[str, Any]:
@@ -359,7 +364,7 @@ def _write(
     rows: list[dict[str, Any]],
     exchanges: list[dict[str, Any]],
 ) -> None:
-    data = {
+    data: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "gpu": config.gpu,
         "model": config.model,
@@ -375,5 +380,10 @@ def _write(
     }
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_suffix(".tmp")
-    temporary.write_text(json.dumps(data), encoding="utf-8")
+    lines = {
+        name: ",\n".join(f"  {json.dumps(row)}" for row in data.pop(name)) for name in ("collective", "steps")
+    }
+    head = json.dumps(data, indent=1)[:-2]
+    parts = "".join(f',\n "{name}": [\n{text}\n ]' for name, text in lines.items())
+    temporary.write_text(f"{head}{parts}\n}}\n", encoding="utf-8")
     temporary.replace(target)

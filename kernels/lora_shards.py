@@ -62,7 +62,7 @@ def _pack_part_kernel(
     wait_for_predecessors(PDL)
     for item in tl.range(tl.program_id(0), total, tl.num_programs(0), num_stages=1):
         work = tl.full((), 0, tl.int32) + item
-        row_start, row_count, number, rank, part, first, part_first = _locate(work, tiles, FIRST, MODULES, SHARDS)
+        row_start, row_count, number, _, part, _, part_first = _locate(work, tiles, FIRST, MODULES, SHARDS)
         source = bridge + row_start * stride_bridge + part_first
         target = message + number.to(tl.int64) * stride_module + row_start * stride_message
         for low in tl.range(0, part, BLOCK, num_stages=1):
@@ -112,7 +112,7 @@ def _collect_peers_kernel(
         tl.debug_barrier()  # the wait is one thread's; what follows is all threads'
         for item in tl.range(tl.program_id(0), total, tl.num_programs(0), num_stages=1):
             work = tl.full((), 0, tl.int32) + item
-            row_start, row_count, number, rank, part, first, part_first = _locate(
+            row_start, row_count, _, rank, part, first, part_first = _locate(
                 work, tiles, FIRST, MODULES, SHARDS
             )
             source = offset + row_start * stride_bridge + part_first
@@ -128,7 +128,9 @@ def _collect_peers_kernel(
                         h += _sum_planes(planes, stride_plane, splits, t * stride_bridge + column, keep)
                     else:
                         mine = keep & (column // part == peer)
-                        h += _sum_planes(planes, stride_plane, splits, t * stride_bridge + column % part, mine)
+                        h += _sum_planes(
+                            planes, stride_plane, splits, t * stride_bridge + column % part, mine
+                        )
                 tl.store(target + t * stride_out + column, h, mask=keep)
 
 

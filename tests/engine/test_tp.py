@@ -150,25 +150,38 @@ def test_without_tensor_parallelism_block_diagonal_runs_as_dense(world, start):
         assert tokens == world.expected(adapter, prompt, len(tokens))[0]
 
 
-def test_block_diagonal_issues_no_collective_beyond_the_bases(world, start):
+BASE_COLLECTIVES = {"all_reduce": 2 * 2 + 1, "all_gather": 1}  # two layers, the embedding; the logits
+
+
+@pytest.mark.parametrize(
+    ("sharding", "names", "further"),
+    [
+        ("block_diagonal", ["r8", "bd2"], {"all_reduce": 0, "all_gather": 0}),
+        ("slora", ["r8"], {"all_reduce": 2 * 2, "all_gather": 2 * 2}),  # o, down; qkv, gate and up
+        ("slora_published", ["r8"], {"all_reduce": 2 * 2, "all_gather": 2 * 5}),
+    ],
+)
+def test_collectives_beyond_the_bases(world, start, sharding, names, further):
+    runner = start(world, names, tp=2, lora_sharding=sharding)
     issued = {}
-    for names in ([], ["r8", "bd2"]):
-        runner = start(world, names, tp=2, lora_sharding="block_diagonal")
+    for adapters in ([None], names):
         before = runner.model.communicator.issued.copy()
         engine = Engine(runner.blueprint, runner)
         for number in range(4):
-            adapter = names[number % 2] if names else None
-            engine.add(
-                Request(request_id=number, arrival_s=0.0, prompt_tokens=8, output_tokens=4, adapter=adapter),
-                np.arange(8),
+            request = Request(
+                request_id=number,
+                arrival_s=0.0,
+                prompt_tokens=8,
+                output_tokens=4,
+                adapter=adapters[number % len(adapters)],
             )
+            engine.add(request, np.arange(8))
         engine.drain()
         after = runner.model.communicator.issued
-        steps = len(engine.steps)
-        issued[bool(names)] = {kind: (after[kind] - before[kind]) / steps for kind in after}
-        runner.close()
-        leave()
-    assert issued[True] == issued[False] == {"all_reduce": 2 * 2 + 1, "all_gather": 1}
+        issued[adapters[0]] = {kind: (after[kind] - before[kind]) / len(engine.steps) for kind in after}
+        runner.reset()
+    assert issued[None] == BASE_COLLECTIVES
+    assert issued[names[0]] == {kind: BASE_COLLECTIVES[kind] + further[kind] for kind in further}
 
 
 def test_what_cannot_run_is_refused_with_the_reason(world):

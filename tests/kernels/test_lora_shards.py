@@ -31,7 +31,9 @@ def lists(device):
         start += rows
     headers = np.zeros((4, 8), np.int32)
     headers[:, 3] = SPLITS
-    return tuple(torch.from_numpy(a).to(device) for a in (tiles, np.array([len(SEGMENTS)], np.int32), headers))
+    return tuple(
+        torch.from_numpy(a).to(device) for a in (tiles, np.array([len(SEGMENTS)], np.int32), headers)
+    )
 
 
 def parts_and_h(group, ranks, seed=0):
