@@ -16,6 +16,7 @@ from traces.errors import TraceError
 from traces.importers import TimeUnit, import_azure, import_burstgpt, import_mooncake
 from traces.native import load, save, to_lines
 from traces.synth import LIKE, S_LORA, Like, Uniform, Workload, synthesize
+from traces.tool_importers import import_blis, import_timed, import_vidur
 from traces.trace import Trace
 
 app = typer.Typer(
@@ -27,7 +28,7 @@ app = typer.Typer(
 PROGRAM = "python -m traces"
 DEFAULT_DURATION_S = 300.0  # S-LoRA's benchmark runs five minutes
 
-Source = Literal["azure", "burstgpt", "mooncake", "aiperf"]
+Source = Literal["azure", "burstgpt", "mooncake", "aiperf", "vidur", "blis", "vllm"]
 Format = Literal["table", "json"]
 
 Out = Annotated[
@@ -66,6 +67,10 @@ def import_command(
             help="Spread requests of one tick of a 3 s clock (mooncake, aiperf). Unless told: if it is one."
         ),
     ] = None,
+    rate: Annotated[
+        float | None, typer.Option(help="Requests per second of Poisson arrivals (vidur without times).")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of these arrivals.")] = 0,
     overwrite: Overwrite = False,
 ) -> None:
     """Turn a public trace into the native format.
@@ -73,13 +78,31 @@ def import_command(
     Times count from the first row. Mooncake's clock ticks every 3 s: requests of one tick are spread over it,
     as `arrival_spread_s` beside the raw `arrival_s`.
     """
-    if source in ("mooncake", "aiperf"):
-        trace = import_mooncake(file, time_unit or "ms", spread, warn=_warn)
-    elif time_unit is not None or spread is not None:
-        raise TraceError(f"--time-unit and --spread are for mooncake and aiperf: {source} says its own time")
-    else:
-        trace = (import_azure if source == "azure" else import_burstgpt)(file, warn=_warn)
+    timed = source in ("mooncake", "aiperf", "vllm")
+    if time_unit is not None and not timed:
+        raise TraceError(f"--time-unit is for mooncake, aiperf and vllm: {source} says its own time")
+    if spread is not None and source not in ("mooncake", "aiperf"):
+        raise TraceError(f"--spread is for mooncake and aiperf, not {source}")
+    if rate is not None and source != "vidur":
+        raise TraceError(f"--rate is for vidur: {source} has its own arrivals")
+    trace = _imported(source, file, time_unit, spread, rate, seed)
     _write(trace, out, overwrite)
+
+
+def _imported(
+    source: str, file: Path, time_unit: TimeUnit | None, spread: bool | None, rate: float | None, seed: int
+) -> Trace:
+    if source in ("mooncake", "aiperf"):
+        return import_mooncake(file, time_unit or "ms", spread, warn=_warn)
+    if source == "vllm":
+        return import_timed(file, time_unit or "s", warn=_warn)
+    if source == "vidur":
+        if rate is not None and not rate > 0:
+            raise TraceError(f"--rate (={rate}) must be above 0")
+        return import_vidur(file, rate, seed, warn=_warn)
+    if source == "blis":
+        return import_blis(file, warn=_warn)
+    return (import_azure if source == "azure" else import_burstgpt)(file, warn=_warn)
 
 
 @app.command()

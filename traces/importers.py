@@ -60,17 +60,17 @@ def import_azure(path: str | os.PathLike[str], warn: Warn = warnings.warn) -> Tr
     """
     builder = TraceBuilder(str(path), field_names=_AZURE_FIELDS)
     first_ns: int | None = None
-    for row, (place, record) in enumerate(_csv_records(path, _AZURE_FIELDS)):
+    for row, (place, record) in enumerate(csv_records(path, _AZURE_FIELDS)):
         instant_ns = _azure_instant_ns(place, record["TIMESTAMP"])
         first_ns = instant_ns if first_ns is None else first_ns
         fields = {
             "id": row,
             "arrival_s": round((instant_ns - first_ns) / 1e9, 6),
-            "prompt_tokens": _number(place, "ContextTokens", record["ContextTokens"]),
-            "output_tokens": _number(place, "GeneratedTokens", record["GeneratedTokens"]),
+            "prompt_tokens": number_of(place, "ContextTokens", record["ContextTokens"]),
+            "output_tokens": number_of(place, "GeneratedTokens", record["GeneratedTokens"]),
         }
         builder.add(place, fields)
-    return _finish(builder, path, warn)
+    return finish(builder, path, warn)
 
 
 def import_burstgpt(path: str | os.PathLike[str], warn: Warn = warnings.warn) -> Trace:
@@ -82,10 +82,10 @@ def import_burstgpt(path: str | os.PathLike[str], warn: Warn = warnings.warn) ->
     builder = TraceBuilder(str(path), field_names=_BURSTGPT_FIELDS)
     first_s: float | None = None
     dropped = 0
-    for row, (place, record) in enumerate(_csv_records(path, _BURSTGPT_FIELDS)):
-        instant_s = _number(place, "Timestamp", record["Timestamp"])
-        prompt = _number(place, "Request tokens", record["Request tokens"])
-        output = _number(place, "Response tokens", record["Response tokens"])
+    for row, (place, record) in enumerate(csv_records(path, _BURSTGPT_FIELDS)):
+        instant_s = number_of(place, "Timestamp", record["Timestamp"])
+        prompt = number_of(place, "Request tokens", record["Request tokens"])
+        output = number_of(place, "Response tokens", record["Response tokens"])
         first_s = instant_s if first_s is None else first_s
         if prompt == 0 or output == 0:
             dropped += 1
@@ -101,7 +101,7 @@ def import_burstgpt(path: str | os.PathLike[str], warn: Warn = warnings.warn) ->
         builder.add(place, fields)
     if dropped:
         warn(f"{path}: dropped {dropped} rows with zero request or response tokens (failed requests)")
-    return _finish(builder, path, warn)
+    return finish(builder, path, warn)
 
 
 def import_mooncake(
@@ -137,16 +137,17 @@ def import_mooncake(
             "arrival_spread_s": spread_s[j],
             "prompt_tokens": row.get("input_length"),
             "output_tokens": row.get("output_length"),
-            "adapter": _adapter(place, row),
+            "adapter": adapter_of(place, row),
             "rank": row.get("rank"),
             "session": row.get("session_id", _block(row, session_block)),
             "prefix_blocks": row.get("hash_ids"),
         }
         builder.add(place, fields)
-    return _finish(builder, path, warn)
+    return finish(builder, path, warn)
 
 
-def _finish(builder: TraceBuilder, path: str | os.PathLike[str], warn: Warn) -> Trace:
+def finish(builder: TraceBuilder, path: str | os.PathLike[str], warn: Warn) -> Trace:
+    """Return the trace; warn where its rate makes no sense."""
     trace = Trace.from_columns(builder.columns(), trace_name(path))
     low, high = PLAUSIBLE_RPS
     if len(trace) > 1 and not low <= trace.rate_rps <= high:
@@ -155,9 +156,10 @@ def _finish(builder: TraceBuilder, path: str | os.PathLike[str], warn: Warn) -> 
     return trace
 
 
-def _csv_records(
+def csv_records(
     path: str | os.PathLike[str], needed: Mapping[str, str]
 ) -> Iterator[tuple[str, dict[str, str | None]]]:
+    """Yield (place, row) of a CSV that has the needed columns. Raises TraceError naming line and column."""
     reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
     try:
         missing = [name for name in needed.values() if name not in (reader.fieldnames or ())]
@@ -184,7 +186,7 @@ def _azure_instant_ns(place: str, text: str | None) -> int:
     return (since.days * 86_400 + since.seconds) * 10**9 + int((fraction or "0").ljust(9, "0"))
 
 
-def _number(place: str, field: str, text: str | None) -> float:
+def number_of(place: str, field: str, text: str | None) -> float:
     """Parse a CSV field; whether the number makes sense is the builder's to say."""
     if text is None or not text.strip():
         raise TraceError(f"{place}: {field} is missing")
@@ -233,7 +235,8 @@ def _block(row: Mapping[str, Any], index: int) -> str | None:
     return str(blocks[index]) if isinstance(blocks, list) and len(blocks) > index else None
 
 
-def _adapter(place: str, row: Mapping[str, Any]) -> Any:
+def adapter_of(place: str, row: Mapping[str, Any]) -> Any:
+    """Return the adapter by any of its aliases. Raises TraceError where two differ."""
     given = {alias: row[alias] for alias in ADAPTER_ALIASES if row.get(alias) is not None}
     if len({str(value) for value in given.values()}) > 1:
         raise TraceError(f"{place}: {' and '.join(given)} name different adapters")

@@ -55,7 +55,7 @@ def test_duration_times_rate_is_the_number_of_requests(capsys: pytest.CaptureFix
         (["describe", "--nonsense"], "No such option: --nonsense"),
         (["nonsense"], "No such command 'nonsense'"),
         (["import", "azure", "bad.jsonl"], "bad.jsonl:1: column TIMESTAMP is missing"),
-        (["import", "azure", "a.csv", "--time-unit", "s"], "--time-unit and --spread are for mooncake"),
+        (["import", "azure", "a.csv", "--time-unit", "s"], "--time-unit is for mooncake, aiperf and vllm"),
         (
             ["import", "azure", "a.csv", "--out", "here.jsonl"],
             "here.jsonl: already exists; --overwrite replaces it",
