@@ -16,6 +16,7 @@ from traces.errors import TraceError
 from traces.importers import TimeUnit, import_azure, import_burstgpt, import_mooncake
 from traces.native import load, save, to_lines
 from traces.synth import LIKE, S_LORA, Like, Uniform, Workload, synthesize
+from traces.tenants import load_tenants
 from traces.tool_importers import import_blis, import_timed, import_vidur
 from traces.trace import Trace
 
@@ -172,7 +173,7 @@ def assign_command(
     rule: Annotated[
         Rule,
         typer.Option(
-            help="R1, R1-slora: by request, which ends prefix reuse; R2: by session, which keeps it."
+            help="R1, R1-slora: by request, which ends prefix reuse; R2: by session, which keeps it; R3: by real tenants' rates over time."
         ),
     ] = "R1",
     adapters: Adapters = 100,
@@ -181,6 +182,12 @@ def assign_command(
     ranks: Ranks = "WIDE",
     rank_order: Order = "interleave",
     base_share: BaseShare = 0.0,
+    tenants: Annotated[
+        Path | None, typer.Option(help="ServeGen's client rates, CSV, plain or gzip (R3).")
+    ] = None,
+    offset_s: Annotated[
+        float, typer.Option(help="Where in the tenants' time the trace begins (R3).")
+    ] = Assignment().offset_s,
     seed: Seed = 20240607,
     raw_arrivals: RawArrivals = False,
     overwrite: Overwrite = False,
@@ -192,6 +199,8 @@ def assign_command(
     """
     if adapters < 1:
         raise TraceError("--adapters must be at least 1")
+    if (rule == "R3") != (tenants is not None):
+        raise TraceError("--tenants and --rule R3 go together")
     how = Assignment(
         rule=rule,
         adapters=adapters,
@@ -200,9 +209,11 @@ def assign_command(
         rank_mix=_mix(ranks),
         rank_order=rank_order,
         base_share=base_share,
+        offset_s=offset_s,
         seed=seed,
     )
-    _write(assign(load(trace, raw_arrivals), how), out, overwrite)
+    known = None if tenants is None else load_tenants(tenants)
+    _write(assign(load(trace, raw_arrivals), how, known), out, overwrite)
 
 
 @app.command("describe")

@@ -18,9 +18,10 @@ import numpy as np
 
 from traces.columns import BASE_MODEL, Floats, Ints, TraceColumns
 from traces.errors import TraceError
+from traces.tenants import Tenants
 from traces.trace import Trace
 
-Rule = Literal["R1", "R1-slora", "R2"]
+Rule = Literal["R1", "R1-slora", "R2", "R3"]
 RankOrder = Literal["interleave", "hot-small", "hot-large", "hash"]
 
 RANK_MIXES: dict[str, tuple[int, ...]] = {
@@ -36,7 +37,8 @@ class Assignment:
     """How adapters and ranks are drawn.
 
     R1: independent by request, popularity Zipf `zipf_s` over `adapters`. R1-slora: independent, popularity
-    P(index < k) = (k / n)^alpha, uniform at alpha 1. R2: sticky by session, so that prefix reuse survives.
+    P(index < k) = (k / n)^alpha, uniform at alpha 1. R2: sticky by session, so that prefix reuse survives. R3: by real tenants' rates at the
+    time of the request, `offset_s` into theirs; tenants share adapters where there are fewer, and have several, Zipf `zipf_s`, where there are more.
     `base_share` of the requests use the base model alone.
     """
 
@@ -47,6 +49,7 @@ class Assignment:
     rank_mix: tuple[int, ...] = RANK_MIXES["WIDE"]
     rank_order: RankOrder = "interleave"
     base_share: float = 0.0
+    offset_s: float = 36_000.0
     seed: int = 20240607
 
     def __post_init__(self) -> None:
@@ -60,20 +63,25 @@ class Assignment:
         )
         orders = ", ".join(get_args(RankOrder))
         _require(self.rank_order in get_args(RankOrder), "rank_order", self.rank_order, f"one of {orders}")
+        _require(0 <= self.offset_s <= 1e9, "offset_s", self.offset_s, "in 0..1e9")
         _require(0 <= self.base_share <= 1, "base_share", self.base_share, "in 0..1")
 
 
-def assign(trace: Trace, how: Assignment) -> Trace:
-    """Return the trace with adapters and ranks drawn anew.
+def assign(trace: Trace, how: Assignment, tenants: Tenants | None = None) -> Trace:
+    """Return the trace with adapters and ranks drawn anew. tenants: for rule R3.
 
     A request's row number j, which keys R1 and the base share, is its id where all ids are whole numbers (the
     importers give the row in the source file, before any row is dropped), else its position. Raises
-    TraceError for R2 on a trace that has no sessions.
+    TraceError for R2 on a trace that has no sessions, and for R3 without tenants or where it is longer than theirs.
     """
     columns = trace.columns
     rows = row_numbers(columns)
     if how.rule == "R2":
         drawn = _sticky(columns, rows, how, trace.name)
+    elif how.rule == "R3":
+        if tenants is None:
+            raise TraceError(f"{trace.name}: rule R3 needs the rates of tenants")
+        drawn = _by_tenant(columns, rows, how, tenants)
     else:
         x = np.array([u(how.seed, how.rule, row) for row in rows])
         drawn = _popular(how, x)
@@ -156,6 +164,22 @@ def _sticky(columns: TraceColumns, rows: list[int], how: Assignment, name: str) 
     drawn = _popular(how, np.array([u(how.seed, "R2", key) for key in distinct]))
     by_key = dict(zip(distinct, drawn.tolist(), strict=True))
     return np.array([by_key[key] for key in keys], dtype=np.int64)
+
+
+def _by_tenant(columns: TraceColumns, rows: list[int], how: Assignment, tenants: Tenants) -> Ints:
+    arrivals_s = columns.arrival_s - columns.arrival_s[0]
+    running = {window: cdf(rates) for window, rates in tenants.rates_rps.items()}
+    each = max(1, -(-how.adapters // len(tenants.places)))  # adapters of a tenant
+    own = cdf(zipf(each, how.zipf_s))
+    drawn = []
+    for row, arrival_s in zip(rows, arrivals_s.tolist(), strict=True):
+        window = tenants.window(how.offset_s + arrival_s)
+        client = tenants.clients[window][pick(running[window], np.array([u(how.seed, "R3", row)]))[0]]
+        place = tenants.places[int(client)]
+        if each > 1:
+            place = place * each + int(pick(own, np.array([u(how.seed, "R3", f"{row}:sub")]))[0])
+        drawn.append(place % how.adapters)
+    return np.array(drawn, dtype=np.int64)
 
 
 def _require(holds: bool, field: str, value: object, bound: str) -> None:

@@ -14,6 +14,7 @@ from traces import Trace, TraceError, TraceRequest
 from traces.assign import RANK_MIXES, Assignment, RankOrder, Rule, assign, cdf, pick, rank_of, u, zipf
 from traces.files import read_text
 from traces.importers import import_azure, import_burstgpt, import_mooncake
+from traces.tenants import load_tenants
 
 
 def trace_of(count: int, sessions: list[str | None] | None = None, first_id: int = 0) -> Trace:
@@ -153,3 +154,47 @@ def test_burstgpt_r2_equals_the_published_rows(shared_traces: Path, tmp_path: Pa
 def test_mixes_are_s_loras() -> None:
     assert RANK_MIXES["S2"] == (8, 16, 32, 64)
     assert RANK_MIXES["WIDE"] == (8, 16, 32, 64, 128)
+
+
+def test_azure_r3_equals_the_published_rows(shared_traces: Path, tmp_path: Path) -> None:
+    source = shared_traces / "azure_llm_2023" / "AzureLLMInferenceTrace_code.first40min.csv.gz"
+    golden = shared_traces / "ready" / "azure2023_code.R3_servegen_mlarge_overlay.jsonl.gz"
+    tenants = load_tenants(shared_traces / "servegen" / "m-large.week1.client_rates.csv.gz")
+    assert len(tenants.places) == 135
+    how = Assignment(rule="R3", adapters=135)
+    traces.save(assign(import_azure(source), how, tenants), tmp_path / "t.jsonl.gz")
+    assert read_text(tmp_path / "t.jsonl.gz") == read_text(golden)
+
+
+TENANTS = "client_id,window_start_s,rate_rps\n7,0,1.0\n3,0,3.0\n3,600,1.0\n"
+
+
+def short_trace(count: int = 400, gap_s: float = 2.0) -> Trace:
+    return Trace(
+        TraceRequest(id=j, arrival_s=j * gap_s, prompt_tokens=4, output_tokens=2) for j in range(count)
+    )
+
+
+def test_r3_follows_the_tenants_of_the_time(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text(TENANTS)
+    tenants = load_tenants(tmp_path / "t.csv")
+    assert tenants.places == {3: 0, 7: 1}
+    assigned = assign(short_trace(), Assignment(rule="R3", adapters=2, offset_s=0.0), tenants)
+    adapters = [request.adapter for request in assigned.requests]
+    assert adapters[:300].count("a0000") / 300 == pytest.approx(0.75, abs=0.06)
+    assert set(adapters[300:]) == {"a0000"}  # from 600 s on there is one
+    several = assign(short_trace(), Assignment(rule="R3", adapters=8, offset_s=0.0), tenants)
+    assert {request.adapter for request in several.requests[300:]} == {"a0000", "a0001", "a0002", "a0003"}
+    one = assign(short_trace(), Assignment(rule="R3", adapters=1, offset_s=0.0), tenants)
+    assert {request.adapter for request in one.requests} == {"a0000"}
+
+
+def test_r3_says_what_it_lacks(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text(TENANTS)
+    with pytest.raises(TraceError, match="needs the rates of tenants"):
+        assign(short_trace(), Assignment(rule="R3"))
+    with pytest.raises(TraceError, match="has no clients at 36000 s"):
+        assign(short_trace(), Assignment(rule="R3"), load_tenants(tmp_path / "t.csv"))
+    (tmp_path / "bad.csv").write_text("client_id,window_start_s,rate_rps\n1,100,2\n")
+    with pytest.raises(TraceError, match=r"bad.csv:2: window_start_s=100"):
+        load_tenants(tmp_path / "bad.csv")

@@ -26,7 +26,10 @@ def silent(_: str) -> None:
 def test_vidur_with_times(tmp_path):
     text = "arrived_at,num_prefill_tokens,num_decode_tokens\n3.5,10,2\n4.25,20,3\n"
     trace = import_vidur(write(tmp_path, "v.csv", text), warn=silent)
-    assert [(r.arrival_s, r.prompt_tokens, r.output_tokens) for r in trace.requests] == [(0.0, 10, 2), (0.75, 20, 3)]
+    assert [(r.arrival_s, r.prompt_tokens, r.output_tokens) for r in trace.requests] == [
+        (0.0, 10, 2),
+        (0.75, 20, 3),
+    ]
     with pytest.raises(TraceError, match="has its own arrivals"):
         import_vidur(tmp_path / "v.csv", rate_rps=1.0)
 
