@@ -21,24 +21,45 @@ ATTENTION_PARTIAL_ROWS = 256  # most rows of partial results of the split-K atte
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GpuSpec:
-    """A GPU by its specification: memory as CUDA reports it, bandwidths and bf16 matrix rate."""
+    """A GPU by what it reaches: memory as CUDA reports it, bandwidths (link: to other GPUs of the host, one way) and bf16 matrix rate."""
 
     name: str
     memory_bytes: int
     memory_bandwidth_bytes_per_s: float
     bf16_flops_per_s: float
     host_bandwidth_bytes_per_s: float
+    link_bandwidth_bytes_per_s: float
 
 
-# H200: torch reports 150.11 GB, a little is left out; ceilings measured 2026-11-21 (copy 4,241 GB/s; 790 TFLOP/s; pinned host to device 55 GB/s).
+# What an H200 reaches of its datasheet's 4.8 TB/s, 989 TFLOP/s (dense bf16) and 64 GB/s of PCIe 5, measured 2026-11-21: copy 4,241 GB/s; 790 TFLOP/s;
+# pinned host to device 55 GB/s. Other kinds are taken to reach the same parts of theirs.
+_MEMORY, _MATRIX, _HOST = 4.241 / 4.8, 790 / 989, 55 / 64
+
+
+def _of_datasheet(
+    name: str, gigabytes: float, terabytes_per_s: float, teraflops: float, pcie_gb: float, link_gb: float
+) -> GpuSpec:
+    return GpuSpec(
+        name=name,
+        memory_bytes=int(gigabytes * 1e9),
+        memory_bandwidth_bytes_per_s=terabytes_per_s * 1e12 * _MEMORY,
+        bf16_flops_per_s=teraflops * 1e12 * _MATRIX,
+        host_bandwidth_bytes_per_s=pcie_gb * 1e9 * _HOST,
+        link_bandwidth_bytes_per_s=link_gb * 1e9,
+    )
+
+
+# Datasheets of NVIDIA (dense bf16, link one way: NVLink, or PCIe where there is none); memory a little below what CUDA reports.
 GPUS: dict[str, GpuSpec] = {
-    "h200": GpuSpec(
-        name="h200",
-        memory_bytes=150_000_000_000,
-        memory_bandwidth_bytes_per_s=4.241e12,
-        bf16_flops_per_s=7.9e14,
-        host_bandwidth_bytes_per_s=55e9,
-    ),
+    spec.name: spec
+    for spec in (
+        _of_datasheet("h200", 150.0, 4.8, 989, 64, 450),
+        _of_datasheet("h100", 85.0, 3.35, 989, 64, 450),
+        _of_datasheet("a100-80", 84.9, 2.039, 312, 32, 300),
+        _of_datasheet("l40s", 47.6, 0.864, 362, 32, 32),
+        _of_datasheet("a10g", 23.6, 0.6, 70, 32, 32),
+        _of_datasheet("b200", 191.0, 8.0, 2250, 64, 900),
+    )
 }
 
 

@@ -18,7 +18,7 @@ Dtype = Literal["bfloat16", "float16", "float32"]
 SchedulerPolicy = Literal["fcfs", "clustered", "fair", "slo"]
 AdapterEviction = Literal["lru", "gdsf"]
 RouterPolicy = Literal["round_robin", "least_loaded", "adapter_affinity"]
-Placement = Literal["everywhere"]
+Placement = Literal["everywhere", "partitioned", "hot_replicated"]
 Collectives = Literal["fast", "nccl"]
 
 ITEMSIZE_BYTES: dict[str, int] = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -80,6 +80,8 @@ class ServingConfig:
     adapter_pool_pages: pages fenced off for adapters, the rest for KV alone; None is one pool for both.
     ttft_slo_s: what the scheduler `slo` holds first tokens to; it turns away what would be later.
     adapter_weights: shares of the scheduler `fair` by adapter; one that is not named has 1.
+    placement: which replicas serve which adapters: everywhere, partitioned (one each), or hot_replicated (popular ones everywhere).
+    adapter_popularity: traffic by adapter in any unit, for the placement; one that is not named has the mean.
     max_adapter_rank: largest rank that may be registered while serving; None is that of the adapters given at the start.
     max_adapters: most adapters on the GPU at a time while serving; None is those given at the start.
     collectives: how GPUs of one replica exchange: fast, by kernels that read each other's memory where that is faster, or all by nccl.
@@ -111,6 +113,7 @@ class ServingConfig:
     adapter_pool_pages: int | None = None
     ttft_slo_s: float | None = None
     adapter_weights: Mapping[str, float] = field(default_factory=dict, hash=False)
+    adapter_popularity: Mapping[str, float] = field(default_factory=dict, hash=False)
     max_adapter_rank: int | None = None
     max_adapters: int | None = None
     collectives: Collectives = "fast"
@@ -140,13 +143,8 @@ class ServingConfig:
             raise UserError(f"config: ttft_slo_s={self.ttft_slo_s!r} must be a number above 0")
         if self.scheduler == "slo" and self.ttft_slo_s is None:
             raise UserError("config: scheduler='slo' needs ttft_slo_s")
-        if not isinstance(self.adapter_weights, Mapping):
-            raise UserError(
-                f"config: adapter_weights={self.adapter_weights!r} must be an object of adapter: weight"
-            )
-        for name, weight in self.adapter_weights.items():
-            if not _is_positive(weight):
-                raise UserError(f"config: adapter_weights[{name!r}]={weight!r} must be a number above 0")
+        for name in ("adapter_weights", "adapter_popularity"):
+            _check_shares(name, getattr(self, name))
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise UserError(
                 f"config: max_num_batched_tokens={self.max_num_batched_tokens} must be at least "
@@ -202,6 +200,14 @@ def _check_integer(name: str, value: Any, low: int, high: int | None) -> None:
     if value < low or (high is not None and value > high):
         bound = f"at least {low}" if high is None else f"in {low}..{high}" if low != high else f"{low}"
         raise UserError(f"config: {name}={value} must be {bound}")
+
+
+def _check_shares(name: str, shares: Any) -> None:
+    if not isinstance(shares, Mapping):
+        raise UserError(f"config: {name}={shares!r} must be an object of adapter: number")
+    for adapter, share in shares.items():
+        if not _is_positive(share):
+            raise UserError(f"config: {name}[{adapter!r}]={share!r} must be a number above 0")
 
 
 def _is_positive(value: Any) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 from engine.config import AdapterEviction
@@ -27,7 +27,7 @@ class IdleOrder(Protocol):
     def evicted(self, name: str) -> None:
         """Take an adapter out: it leaves the GPU."""
 
-    def touch(self, name: str) -> None:
+    def touch(self, name: str, /) -> None:
         """Note that an adapter will be used soon."""
 
     def names(self) -> Iterator[str]:
@@ -39,6 +39,9 @@ class LruOrder:
 
     def __init__(self) -> None:
         self._idle: OrderedDict[str, None] = OrderedDict()
+        self.touch: Callable[[str], None] = (
+            self._idle.move_to_end
+        )  # in every plan that leaves somebody waiting, for each of them
 
     def __contains__(self, name: object) -> bool:
         return name in self._idle
@@ -52,9 +55,6 @@ class LruOrder:
 
     def evicted(self, name: str) -> None:
         del self._idle[name]
-
-    def touch(self, name: str) -> None:
-        self._idle.move_to_end(name)
 
     def names(self) -> Iterator[str]:
         if not self._idle:
@@ -97,7 +97,7 @@ class GdsfOrder:
         self._age = max(self._age, self._value[name])
         self.remove(name)
 
-    def touch(self, name: str) -> None:
+    def touch(self, name: str, /) -> None:
         self._set(name, self._value[name] + 1.0)
 
     def _set(self, name: str, value: float) -> None:

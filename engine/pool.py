@@ -5,6 +5,9 @@ holds may still be *kept* for what is in it:
 
     cold   counts as free, and is taken, oldest first, when no plain free page is left
     warm   was wanted again before; it counts as taken until `cool` says otherwise
+
+Pages may also be taken by number alone (`reserve`) and be given names later (`name`), or never: the engine needs to know which page a token
+is written to, a simulation only how many are taken. Who is free, kept or overwritten does not depend on it.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from itertools import chain
 class PagePool:
     """Pages `first` … `first + num_pages` − 1, each free, kept or held by one or more owners.
 
-    on_reuse: called with a kept page whose contents are about to go.
+    num_free: pages that `reserve` and `allocate` can take, cold ones included. on_reuse: called with a kept page whose contents are about to go.
     """
 
     def __init__(
@@ -26,10 +29,12 @@ class PagePool:
         if num_pages < 1:
             raise ValueError(f"num_pages={num_pages} must be at least 1")
         self.num_pages = num_pages
+        self.num_free = num_pages
         self.on_reuse = on_reuse
         self._first = first
         # A stack: the page freed last is taken first; a fresh pool hands out first, first + 1, first + 2, …
         self._free = list(range(first + num_pages - 1, first - 1, -1))
+        self._plain = num_pages  # pages that are neither cold nor taken; `_free` may have more: those taken without having a name yet
         self._references = [0] * (first + num_pages)
         self._worth: dict[
             int, bool
@@ -39,14 +44,9 @@ class PagePool:
         self._clock: Callable[[], int] = lambda: 0
 
     @property
-    def num_free(self) -> int:
-        """Pages that `allocate` can take, cold ones included."""
-        return len(self._free) + len(self._cold)
-
-    @property
     def num_used(self) -> int:
         """Pages that somebody holds."""
-        return self.num_pages - len(self._free) - len(self._cold) - len(self._warm)
+        return self.num_pages - self.num_free - len(self._warm)
 
     @property
     def num_warm(self) -> int:
@@ -59,17 +59,35 @@ class PagePool:
 
     def allocate(self, count: int) -> list[int]:
         """Take `count` free pages, each with one reference. Raises ValueError if fewer are free: callers look first."""
-        if count > len(self._free):
+        self.reserve(count)
+        return self.name(count)
+
+    def reserve(self, count: int) -> None:
+        """Take `count` free pages by number. Raises ValueError if fewer are free: callers look first."""
+        if count > self._plain:
             if count > self.num_free:
                 raise ValueError(f"{count} pages wanted, {self.num_free} free")
-            self._empty_cold(count - len(self._free))
+            self._empty_cold(count - self._plain)
+        self._plain -= count
+        self.num_free -= count
+
+    def give_back(self, count: int) -> None:
+        """Give back pages that were reserved and never named."""
+        if count > len(self._free) - self._plain:
+            raise ValueError(f"{count} nameless pages given back, {len(self._free) - self._plain} are taken")
+        self._plain += count
+        self.num_free += count
+
+    def name(self, count: int) -> list[int]:
+        """Say which pages `count` of the reserved ones are; each has one reference."""
         if count == 0:
             return []
         pages = self._free[-count:]
         del self._free[-count:]
         pages.reverse()
+        references = self._references
         for page in pages:
-            self._references[page] = 1
+            references[page] = 1
         return pages
 
     def _empty_cold(self, count: int) -> None:
@@ -84,6 +102,7 @@ class PagePool:
                     raise ValueError(f"page {page} is free and cannot be shared")
                 if self._warm.pop(page, None) is None:
                     del self._cold[page]
+                    self.num_free -= 1
             self._references[page] += 1
 
     def release(self, pages: Sequence[int]) -> None:
@@ -96,10 +115,13 @@ class PagePool:
             if count > 1:
                 continue
             warm = self._worth.get(page)
+            if warm:
+                self._warm[page] = self._clock()
+                continue
+            self.num_free += 1
             if warm is None:
                 self._free.append(page)
-            elif warm:
-                self._warm[page] = self._clock()
+                self._plain += 1
             else:
                 self._cold[page] = None
 
@@ -131,13 +153,15 @@ class PagePool:
         page, _at = self._warm.popitem(last=False)
         self._worth[page] = False
         self._cold[page] = None
+        self.num_free += 1
 
     def demote(self, page: int) -> None:
         """Make a kept page cold, and an idle one the next to go."""
         self._worth[page] = False
         if self._references[page]:
             return
-        self._warm.pop(page, None)
+        if self._warm.pop(page, None) is not None:
+            self.num_free += 1
         self._cold[page] = None
         self._cold.move_to_end(page, last=False)
 
@@ -149,12 +173,20 @@ class PagePool:
             return
         if self._warm.pop(page, None) is None:
             del self._cold[page]
+        else:
+            self.num_free += 1
         self._free.append(page)
+        self._plain += 1
 
     # ---- integrity ----
 
-    def check_integrity(self, holders: Iterable[Iterable[int]] | None = None) -> None:
-        """Raise AssertionError unless every page is free exactly once, kept exactly once, or referenced as often as `holders` hold it."""
+    def check_integrity(self, holders: Iterable[Iterable[int]] | None = None, nameless: int = 0) -> None:
+        """Raise AssertionError unless every page is free exactly once, kept exactly once, or referenced as often as `holders` hold it,
+        and `nameless` ones are taken by number.
+        """
+        assert self.num_free == self._plain + len(self._cold)
+        taken = len(self._free) - self._plain
+        assert taken == nameless, f"{taken} pages without a name, not {nameless}"
         idle = list(chain(self._free, self._cold, self._warm))
         assert len(set(idle)) == len(idle), "a page is free twice"
         free = set(idle)

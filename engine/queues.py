@@ -80,15 +80,13 @@ class FcfsQueue:
         return list(islice(self._waiting, limit))
 
     def drop(self, admitted: Collection[Sequence]) -> None:
-        gone = set(admitted)
+        waiting = self._waiting
         kept: list[Sequence] = []
-        while gone:
-            sequence = self._waiting.popleft()
-            if sequence in gone:
-                gone.discard(sequence)
-            else:
-                kept.append(sequence)
-        self._waiting.extendleft(reversed(kept))
+        for sequence in admitted:  # in the order of the window, and mostly from its start
+            while waiting[0] is not sequence:
+                kept.append(waiting.popleft())
+            waiting.popleft()
+        waiting.extendleft(reversed(kept))
 
     def served(self, sequence: Sequence, prefill_tokens: int, decode_tokens: int) -> None:
         """Nothing depends on it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 
 from engine.config import RouterPolicy
@@ -13,16 +14,21 @@ AFFINITY_LOAD_FACTOR = 1.25
 class Router:
     """Routes requests over `replicas`; load is the prompt and output tokens routed and not yet finished.
 
+    places: by adapter, the replicas that serve it while one of them lives; any may serve one that is not named, and base requests.
+
     round_robin: one after the other. least_loaded: the smallest load, ties to the lowest index. adapter_affinity: consistent choice by adapter
     (rendezvous hashing), passing over replicas whose load exceeds 1.25 × the mean.
     """
 
-    def __init__(self, policy: RouterPolicy, replicas: int) -> None:
+    def __init__(
+        self, policy: RouterPolicy, replicas: int, places: Mapping[str, Sequence[int]] | None = None
+    ) -> None:
         if replicas < 1:
             raise ValueError(f"replicas={replicas} must be at least 1")
         self.policy = policy
         self.loads = [0] * replicas
         self._alive = list(range(replicas))
+        self._places = dict(places or {})
         self._next = 0
 
     def route(self, adapter: str | None, tokens: int) -> int:
@@ -41,8 +47,14 @@ class Router:
             raise ValueError(f"replica {replica} is the last one")
         self._alive.remove(replica)
 
+    def _able(self, adapter: str | None) -> list[int]:
+        """Return the replicas that may serve an adapter."""
+        if adapter is None or adapter not in self._places:
+            return self._alive
+        return [replica for replica in self._alive if replica in self._places[adapter]] or self._alive
+
     def _choose(self, adapter: str | None, tokens: int) -> int:
-        alive, loads = self._alive, self.loads
+        alive, loads = self._able(adapter), self.loads
         if self.policy == "round_robin":
             self._next += 1
             return alive[(self._next - 1) % len(alive)]

@@ -22,6 +22,8 @@ class Sequence:
     """A request with its state. `slot` indexes the engine's per-sequence tables while it runs.
 
     prefill_tokens: tokens to compute before it decodes: the prompt, and after a preemption what it had generated too.
+    pages: those of its pages that are known by name, from the first on: all of them, or those that the prefix cache can know
+    (`UnifiedPool.names_pages`). held_pages: how many it holds in all, exact unless it decodes.
     cached_tokens: tokens whose KV was found in the prefix cache when it was last admitted; its prefill starts behind them.
     found_tokens: those that were found when it was first admitted; what a preempted request finds of its own is not counted.
     generated: tokens planned so far, exact unless it decodes; `Scheduler.planned_tokens` is exact always.
@@ -34,6 +36,7 @@ class Sequence:
     phase: Phase = Phase.WAITING
     slot: int = -1
     pages: list[int] = field(default_factory=list)
+    held_pages: int = 0
     prefilled: int = 0
     cached_tokens: int = 0
     found_tokens: int = 0

@@ -1,6 +1,8 @@
 """What one step of the engine does, and the facts of it that cost time.
 
-A `Step` is what the scheduler planned; its `StepShape` is what the runner records, the profiler measures and the cost model prices.
+A `Step` is what the scheduler planned; its `StepShape` is what the runner records, the profiler measures and the cost model prices. Both are
+values: nobody changes a shape or a chunk once it is made. They are not `frozen`, as a simulation makes one a step and a frozen dataclass takes
+3.2 µs to make instead of 0.4 (13 fields, Python 3.11).
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ if TYPE_CHECKING:
     from engine.sequence import Sequence
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, unsafe_hash=True)
 class StepShape:
     """The cost-relevant facts of a step; counts are of this rank.
 
@@ -53,7 +55,7 @@ class StepShape:
         return cls(**{item.name: int(data[item.name]) for item in fields(cls)})
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, unsafe_hash=True)
 class PrefillChunk:
     """`length` prompt tokens of a sequence from position `start`; `last`: its next token is sampled from the final row."""
 
@@ -73,12 +75,12 @@ class Load:
     num_bytes: int
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True)
 class Step:
     """A planned step, told as changes to the last one.
 
     joined: sequences that decode from this step on. left: sequences that decoded in the last step and do not any more.
-    new_pages: (sequence, page) taken for tokens that this step writes, beyond those a prefill brings.
+    new_pages: (sequence, page) taken for tokens that this step writes, beyond those a prefill brings; empty where pages are not named.
     finishing: sequences that produce their last token in this step.
     dropped: sequences that were dropped while it was in flight; what it makes for them is ignored.
     """
@@ -90,4 +92,4 @@ class Step:
     new_pages: list[tuple[Sequence, int]] = field(default_factory=list)
     prefills: list[PrefillChunk] = field(default_factory=list)
     finishing: list[Sequence] = field(default_factory=list)
-    dropped: list[Sequence] = field(default_factory=list)
+    dropped: tuple[Sequence, ...] = ()

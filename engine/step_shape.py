@@ -11,39 +11,38 @@ from engine.step import PrefillChunk, StepShape
 def shape_of(decoding: DecodeSet, decode_rows: int, prefills: Sequence[PrefillChunk]) -> StepShape:
     """Count the decode rows of the next tick and these prefill chunks."""
     lora = decoding.lora
-    tokens, adapters, distinct, token_bytes = (
-        lora.tokens,
-        len(lora.rows),
-        lora.distinct_bytes,
-        lora.token_bytes,
-    )
-    seen: set[str] = set()
-    prefill = pairs = kv_tokens = samples = 0
+    rows = lora.rows
+    tokens, adapters, distinct, token_bytes = lora.tokens, len(rows), lora.distinct_bytes, lora.token_bytes
+    prefill = pairs = kv_tokens = 0
+    samples = decode_rows
+    seen: list[str] = []  # adapters that only prompts use
     for chunk in prefills:
-        prefill += chunk.length
-        pairs += chunk.length * chunk.start + chunk.length * (chunk.length + 1) // 2
-        kv_tokens += chunk.start + chunk.length
+        length, start = chunk.length, chunk.start
+        prefill += length
+        pairs += length * start + length * (length + 1) // 2
+        kv_tokens += start + length
         samples += chunk.last
         resident = chunk.sequence.resident
         if resident is not None:
-            tokens += chunk.length
-            token_bytes += chunk.length * resident.footprint.weight_bytes
-            if resident.name not in lora.rows and resident.name not in seen:
-                seen.add(resident.name)
+            weight_bytes, name = resident.footprint.weight_bytes, resident.name
+            tokens += length
+            token_bytes += length * weight_bytes
+            if name not in rows and name not in seen:
+                seen.append(name)
                 adapters += 1
-                distinct += resident.footprint.weight_bytes
-    return StepShape(
-        decode_rows=decode_rows,
-        decode_kv_tokens=decoding.kv_tokens(),
-        decode_kv_max=decoding.longest_kv() if decode_rows else 0,
-        prefill_tokens=prefill,
-        prefill_chunks=len(prefills),
-        prefill_pairs=pairs,
-        prefill_kv_tokens=kv_tokens,
-        sample_rows=decode_rows + samples,
-        lora_tokens=tokens,
-        lora_adapters=adapters,
-        lora_bytes=distinct,
-        lora_single_bytes=lora.single_bytes,
-        lora_token_bytes=token_bytes,
+                distinct += weight_bytes
+    return StepShape(  # by position: 1.3 µs a step less than by name
+        decode_rows,
+        decoding.kv_tokens(),
+        decoding.longest_kv() if decode_rows else 0,
+        prefill,
+        len(prefills),
+        pairs,
+        kv_tokens,
+        samples,
+        tokens,
+        adapters,
+        distinct,
+        lora.single_bytes,
+        token_bytes,
     )

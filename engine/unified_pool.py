@@ -20,6 +20,8 @@ class UnifiedPool:
     """Pages for KV (`kv`) and adapters (`residency`), with the prefix cache (`prefixes`, None where it is off).
 
     shared: whether the two take pages from each other.
+    names_pages: whether every page of KV is told by name, as the engine's page tables need it. Where it is false, only those are that the
+    prefix cache can know, and the others are counted: nothing that is decided depends on their names.
     """
 
     def __init__(
@@ -33,6 +35,7 @@ class UnifiedPool:
         prefix_caching: bool = True,
     ) -> None:
         self.shared = adapter_pages is None
+        self.names_pages = True
         self.kv = PagePool(num_pages if adapter_pages is None else num_pages - adapter_pages)
         self._adapters = (
             self.kv if adapter_pages is None else PagePool(adapter_pages, first=num_pages - adapter_pages)
@@ -52,7 +55,8 @@ class UnifiedPool:
     @property
     def kv_pages(self) -> int:
         """Pages that requests hold."""
-        return self.kv.num_used - (self.residency.pages_held if self.shared else 0)
+        kv = self.kv
+        return kv.num_pages - kv.num_free - kv.num_warm - (self.residency.pages_held if self.shared else 0)
 
     @property
     def evictable_pages(self) -> int:
@@ -93,10 +97,16 @@ class UnifiedPool:
         return wanted - sum(not self.kv.is_idle(page) for page in matched)
 
     def admit(self, request: Request, wanted: int, matched: list[int]) -> list[int]:
-        """Take the pages of a request: the matched ones and new ones behind them."""
-        if self.prefixes is not None and request.page_keys is not None:
+        """Take the pages of a request: the matched ones and new ones behind them. Return those that are named, which come first."""
+        keys = request.page_keys
+        if keys is not None and self.prefixes is not None:
             self.prefixes.take(matched)
-        return matched + self.take(wanted - len(matched))
+        self.take(wanted - len(matched))
+        if self.names_pages:
+            return matched + self.kv.name(wanted - len(matched))
+        if keys is None or self.prefixes is None:
+            return []
+        return matched + self.kv.name(min(wanted, len(keys)) - len(matched))
 
     def looked_up(self, request: Request, found_tokens: int) -> None:
         """Count a new request's prompt, and what of it was there."""
@@ -116,16 +126,19 @@ class UnifiedPool:
         if self.prefixes is not None:
             self.prefixes.insert(key, page, adapter)
 
-    def take(self, count: int) -> list[int]:
-        """Take `count` pages for KV; so many must be available."""
-        self.make_room(count)
-        return self.kv.allocate(count)
+    def take(self, count: int) -> None:
+        """Take `count` pages for KV by number; so many must be available."""
+        if self.kv.num_free < count:
+            self.make_room(count)
+        self.kv.reserve(count)
 
-    def release(self, pages: list[int]) -> None:
-        """Give back the pages of a request."""
-        self.kv.release(pages)
-        if self.prefixes is not None:
-            self.prefixes.trim()
+    def release(self, pages: list[int], nameless: int) -> None:
+        """Give back the pages of a request: the named ones, and so many others."""
+        self.kv.give_back(nameless)
+        if pages:
+            self.kv.release(pages)
+            if self.prefixes is not None:
+                self.prefixes.trim()
 
     def make_room(self, count: int) -> None:
         """Evict until `count` pages are free for KV, or nothing is left to evict."""
@@ -183,13 +196,13 @@ class UnifiedPool:
 
     # ---- integrity ----
 
-    def check_integrity(self, kv_holders: Iterable[list[int]]) -> None:
+    def check_integrity(self, kv_holders: Iterable[list[int]], nameless: int) -> None:
         """Raise AssertionError unless pages are conserved and every account agrees."""
         self.residency.check_integrity()
         if self.prefixes is not None:
             self.prefixes.check_integrity()
         if self.shared:
-            self.kv.check_integrity(chain(kv_holders, self.residency.holders()))
+            self.kv.check_integrity(chain(kv_holders, self.residency.holders()), nameless)
         else:
-            self.kv.check_integrity(kv_holders)
+            self.kv.check_integrity(kv_holders, nameless)
             self._adapters.check_integrity(self.residency.holders())

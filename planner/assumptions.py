@@ -33,7 +33,7 @@ def assumptions(
             "requests are not routed by them."
         )
     if trace.adapters and given is None:
-        said.append("Adapters are dense LoRA on all seven linears, replicated on every GPU of a replica.")
+        said.append("Adapters are dense LoRA on all seven linears, on every replica.")
     unknown = sum(rank is None for rank in trace.adapters.values())
     if unknown and given is None:
         said.append(f"{unknown} adapters have no rank in the trace: rank {DEFAULT_RANK} is assumed.")
@@ -72,11 +72,16 @@ def warnings(
         said.append(
             "The trace shares prompt prefixes: prefix caching is off, every prompt is computed in full."
         )
-    degrees = sorted({trial.config.tp for trial in shown if trial.config.tp > 1})
+    measured = {steps.tp for steps in profile.parallel if steps.model.name == config.model.lower()}
+    degrees = sorted({trial.config.tp for trial in shown if trial.config.tp > 1} - measured)
     if degrees:
         said.append(
-            f"TP {', '.join(map(str, degrees))} is extrapolated: composed from operators and two-GPU all-reduces, "
+            f"TP {', '.join(map(str, degrees))} is extrapolated: composed from operators and exchanges between fewer GPUs, "
             "not measured as whole steps."
+        )
+    if profile.gpu.lower() != config.gpu.lower():
+        said.append(
+            f"Costs were measured on {profile.gpu} and are scaled to {config.gpu} by specification: all numbers are extrapolated."
         )
     if profile.model.name != config.model.lower():
         said.append(f"Costs are scaled from {profile.model.name}, which was measured, to {config.model}.")

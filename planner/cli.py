@@ -7,13 +7,13 @@ import math
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, cast, get_args
 
 import typer
 
 from engine.adapter import load_adapters
 from engine.budget import gpu_spec
-from engine.config import ServingConfig
+from engine.config import LoraSharding, ServingConfig
 from engine.errors import UserError
 from engine.model_shape import load_model_shape
 from planner.output import check_folder, write_folder
@@ -22,7 +22,9 @@ from planner.prices import load_prices
 from planner.progress import ProgressReport
 from planner.recommend import Question, recommend
 from planner.report import Commands, print_plan, slo_text
-from planner.space import MAX_NUM_BATCHED_TOKENS, MAX_NUM_SEQS, TP_DEGREES, Space
+from planner.space import LORA_SHARDINGS, MAX_NUM_BATCHED_TOKENS, MAX_NUM_SEQS, TP_DEGREES, Space
+from planner.vllm import MAX_LORAS
+from planner.vllm_command import VllmRequest, plan_vllm
 from planner.workload import max_model_len
 from sim.profile import Profile, find_profile, load_profile
 from traces import Trace, TraceError, load
@@ -80,6 +82,9 @@ def plan(
     max_num_batched_tokens: Annotated[str, typer.Option(help="Limits on a step's tokens to try.")] = _list(
         MAX_NUM_BATCHED_TOKENS
     ),
+    lora_sharding: Annotated[
+        str, typer.Option(help="Ways to try to cut adapters over the GPUs of a replica.")
+    ] = ",".join(LORA_SHARDINGS),
     rate_scale: Annotated[float, typer.Option(help="Plan for so many times the trace's rate.")] = 1.0,
     raw_arrivals: Annotated[
         bool, typer.Option("--raw-arrivals", help="Use `arrival_s` even where `arrival_spread_s` is given.")
@@ -87,6 +92,11 @@ def plan(
     profile: Annotated[
         Path | None, typer.Option(help="Measured profile; else the one shipped for model and GPU.")
     ] = None,
+    engine: Annotated[
+        Literal["ours", "vllm"], typer.Option(help="What serves; vllm with a profile of `sim calibrate`.")
+    ] = "ours",
+    max_loras: Annotated[str, typer.Option(help="vLLM's adapter slots to try.")] = _list(MAX_LORAS),
+    gpu_memory_utilization: Annotated[str, typer.Option(help="vLLM's shares of memory to try.")] = "0.9",
     prices: Annotated[
         Path | None, typer.Option(help="US dollars per GPU-hour, as planner/prices.json.")
     ] = None,
@@ -125,10 +135,40 @@ def plan(
     if output_dir is not None:
         check_folder(output_dir, overwrite=overwrite)
     requests = load(trace, raw_arrivals).scaled(_above_zero("--rate-scale", rate_scale))
+    if engine == "vllm":
+        return plan_vllm(
+            VllmRequest(
+                trace=requests,
+                trace_file=trace,
+                slo=slo,
+                default_slo=ttft_ms is None and tpot_ms is None and e2e_ms is None,
+                gpus=gpus,
+                model=model,
+                gpu=gpu,
+                profile=profile,
+                adapters=adapters,
+                objective=objective,
+                tp=tp,
+                max_num_seqs=max_num_seqs,
+                max_loras=max_loras,
+                utilizations=gpu_memory_utilization,
+                prices=prices,
+                top=top,
+                seed=seed,
+                timeout_s=timeout_s,
+                workers=workers,
+                output_dir=output_dir,
+                overwrite=overwrite,
+                as_json=form == "json",
+                quiet=quiet,
+            )
+        )
     measured = _profile(profile, model, gpu)
     question = Question(
         trace=requests,
-        space=_space(requests, measured, model, gpu, gpus, tp, max_num_seqs, max_num_batched_tokens),
+        space=_space(
+            requests, measured, model, gpu, gpus, tp, max_num_seqs, max_num_batched_tokens, lora_sharding
+        ),
         slo=slo,
         profile=measured,
         adapters=None if adapters is None else load_adapters(adapters),
@@ -178,14 +218,19 @@ def _no_plan(answer: Plan) -> str:
 def _profile(path: Path | None, model: str, gpu: str) -> Profile:
     gpu_spec(gpu)
     load_model_shape(model)
-    profile = load_profile(path or find_profile(ServingConfig(model=model, gpu=gpu)))
-    if profile.gpu.lower() != gpu.lower():
-        raise UserError(f"{profile.source}: is of gpu {profile.gpu!r}, not of {gpu!r}")
-    return profile
+    return load_profile(path or find_profile(ServingConfig(model=model, gpu=gpu)))
 
 
 def _space(
-    trace: Trace, profile: Profile, model: str, gpu: str, gpus: int, tp: str | None, seqs: str, tokens: str
+    trace: Trace,
+    profile: Profile,
+    model: str,
+    gpu: str,
+    gpus: int,
+    tp: str | None,
+    seqs: str,
+    tokens: str,
+    ways: str,
 ) -> Space:
     shape = load_model_shape(model)
     degrees = TP_DEGREES if tp is None else _numbers("--tp", tp)
@@ -204,8 +249,17 @@ def _space(
         tp=degrees,
         max_num_seqs=_numbers("--max-num-seqs", seqs),
         max_num_batched_tokens=_numbers("--max-num-batched-tokens", tokens),
+        lora_sharding=_shardings(ways),
         base=base,
     )
+
+
+def _shardings(text: str) -> tuple[LoraSharding, ...]:
+    known = get_args(LoraSharding)
+    for way in text.split(","):
+        if way not in known:
+            raise UserError(f"--lora-sharding: {way!r} must be one of {', '.join(known)}")
+    return tuple(cast(LoraSharding, way) for way in text.split(","))
 
 
 def _commands(

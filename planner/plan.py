@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from engine.config import ServingConfig
 from planner.intervals import Prediction
+from planner.retraining import Retraining
 from planner.space import Infeasible
 from planner.trial import Trial
 from planner.workload import Piece
@@ -68,6 +69,7 @@ class Plan:
     slo: Slo
     assumptions: tuple[str, ...]
     warnings: tuple[str, ...]
+    retraining: tuple[Retraining, ...]
     trials: tuple[Trial, ...]
     impossible: tuple[Infeasible, ...]
 
@@ -79,6 +81,7 @@ class Plan:
                 "tp": setting.tp,
                 "max_num_seqs": setting.max_num_seqs,
                 "max_num_batched_tokens": setting.max_num_batched_tokens,
+                "lora_sharding": setting.lora_sharding,
                 "status": "infeasible",
                 "reason": setting.reason,
             }
@@ -105,6 +108,7 @@ class Plan:
             },
             "assumptions": list(self.assumptions),
             "warnings": list(self.warnings),
+            "retraining": [item.to_json() for item in self.retraining],
             "trials": self.trial_rows(),
         }
 

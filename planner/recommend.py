@@ -14,6 +14,7 @@ from planner.intervals import Prediction, error_of, predictions, rate, step_erro
 from planner.jobs import Runner
 from planner.plan import Choice, Objective, Plan
 from planner.probe import Prober, Simulate
+from planner.retraining import retrainings
 from planner.search import Findings, Progress, search
 from planner.space import Space
 from planner.trial import Trial, fewest_gpus
@@ -48,7 +49,7 @@ class Question:
     def __post_init__(self) -> None:
         Workload.of(self.trace)
         for spec in self.specs.values():
-            if spec.kind != "lora":
+            if spec.kind == "dynamic":
                 raise UserError(f"adapter {spec.name!r}: kind {spec.kind!r} is not supported yet")
 
     @property
@@ -82,10 +83,10 @@ def recommend(
         findings = search(question.space, prober, jobs, show=question.show, progress=progress)
         if not findings.trials and jobs.timed_out:
             raise RuntimeError("time was up before any configuration was tried; give a longer --timeout-s")
-    return _plan(question, prober, findings)
+    return _plan(question, prober, findings, progress)
 
 
-def _plan(question: Question, prober: Prober, findings: Findings) -> Plan:
+def _plan(question: Question, prober: Prober, findings: Findings, progress: Progress | None) -> Plan:
     """Choose among the findings."""
     ranked, rate_rps = findings.ranked, findings.rate_rps
     able = [trial for trial in ranked if trial.meets(rate_rps)]
@@ -102,6 +103,11 @@ def _plan(question: Question, prober: Prober, findings: Findings) -> Plan:
     maker = _Maker(question, prober, rate_rps)
     shown = [trial for trial in (best, fewest, nearest, *others) if trial is not None]
     error = maker.error
+    retraining = []
+    if best is not None and not findings.timed_out:
+        if progress is not None:
+            progress("other adapters", 0, 1)
+        retraining = retrainings(prober, best, findings.trials)
     return Plan(
         objective=question.objective,
         gpus=question.space.gpus,
@@ -123,6 +129,7 @@ def _plan(question: Question, prober: Prober, findings: Findings) -> Plan:
                 priced=question.space.base.gpu.lower() in question.prices,
             )
         ),
+        retraining=tuple(retraining),
         trials=tuple(findings.trials.values()),
         impossible=tuple(findings.impossible),
     )

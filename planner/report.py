@@ -43,6 +43,7 @@ def print_plan(plan: Plan, commands: Commands | None) -> None:
         console.print(Text(textwrap.fill(_sentence(choice, name), width, subsequent_indent="  ")))
     if any(choice.predicted_on != "trace" for choice in plan.alternatives):
         console.print(f"* latencies of the busiest {WINDOW_REQUESTS:,} requests")
+    _notes(console, "If the adapters were retrained (one replica, the busiest requests)", _retrained(plan))
     _notes(console, "Warnings", plan.warnings)
     _notes(console, "Assumptions", plan.assumptions)
     if commands is not None:
@@ -50,6 +51,13 @@ def print_plan(plan: Plan, commands: Commands | None) -> None:
         console.print("Run it:")
         for command in (commands.simulate, commands.replay):
             console.print(Text(f"  {command}"), soft_wrap=True)
+
+
+def _retrained(plan: Plan) -> list[str]:
+    return [
+        f"{item.change}: TP {item.config.tp} would sustain {item.then_rps:.2f} req/s instead of {item.now_rps:.2f} ({item.gain:+.1%})."
+        for item in plan.retraining
+    ]
 
 
 def slo_text(slo: Slo) -> str:

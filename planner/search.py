@@ -157,8 +157,8 @@ class Search:
     def _screen_jobs(self, configs: list[ServingConfig]) -> list[RateJob]:
         """One job for the settings that differ in max_num_seqs only: their rates are close."""
 
-        def alike(config: ServingConfig) -> tuple[int, int]:
-            return config.tp, config.max_num_batched_tokens
+        def alike(config: ServingConfig) -> tuple[int, int, str]:
+            return config.tp, config.max_num_batched_tokens, config.lora_sharding
 
         jobs = []
         for _, group in groupby(sorted(configs, key=alike), key=alike):
@@ -210,7 +210,13 @@ class Search:
         reason = limit.reason(prober.slo)
         if reason is not None:
             self.findings.impossible.append(
-                Infeasible(config.tp, config.max_num_seqs, config.max_num_batched_tokens, reason)
+                Infeasible(
+                    config.tp,
+                    config.max_num_seqs,
+                    config.max_num_batched_tokens,
+                    reason,
+                    config.lora_sharding,
+                )
             )
         self._ceiling_rps[config] = limit.rate_rps
         return reason is None

@@ -98,6 +98,6 @@ def fewest_gpus(trials: list[Trial]) -> list[Trial]:
     return sorted(trials, key=lambda trial: (trial.config.gpus, -trial.sustainable_rps, order(trial.config)))
 
 
-def order(config: ServingConfig) -> tuple[int, ...]:
+def order(config: ServingConfig) -> tuple[int, int, int, int, str]:
     """Return what decides between equals: the smaller."""
-    return config.gpus, config.tp, config.max_num_seqs, config.max_num_batched_tokens
+    return config.gpus, config.tp, config.max_num_seqs, config.max_num_batched_tokens, config.lora_sharding

@@ -8,7 +8,8 @@ from typing import Protocol
 from engine.step import StepShape
 from sim.costs import Provenance
 from sim.observe import decode_ahead
-from sim.replica import Floats, StepTimes
+from sim.replica import StepTimes
+from sim.segment import DecodeRun
 
 WORST_LAST: tuple[Provenance, ...] = ("measured", "interpolated", "extrapolated")
 
@@ -39,10 +40,11 @@ class Witness:
         self._note(shape, 1)
         return self._costs.step_s(shape)
 
-    def decode_run_s(self, shape: StepShape, steps: int) -> Floats:
-        """GPU time of each of `steps` decode steps."""
-        self._note(decode_ahead(shape, steps - 1), steps)
-        return self._costs.decode_run_s(shape, steps)
+    def decode_run(self, shape: StepShape, steps: int) -> DecodeRun:
+        """GPU time of up to `steps` decode steps."""
+        run = self._costs.decode_run(shape, steps)
+        self._note(decode_ahead(shape, run.steps - 1), run.steps)
+        return run
 
     def parts_s(self, shape: StepShape) -> Mapping[str, float]:
         """GPU time of a step by what it is spent on."""

@@ -6,7 +6,7 @@ SimPy's environment, with callbacks at absolute instants and an explicit order o
 from __future__ import annotations
 
 from collections.abc import Callable
-from heapq import heappush
+from heapq import heappop, heappush
 from typing import Any
 
 import simpy
@@ -16,27 +16,45 @@ ARRIVAL = 0
 TURN = 1
 
 
-class Call(simpy.Event):
-    """An event that calls one function at an instant."""
-
-    def __init__(self, clock: Clock, at_s: float, order: int, callback: Callable[[float], None]) -> None:
-        self.env = clock
-        self.callbacks: list[Callable[[Any], None]] = [lambda _: callback(at_s)]
-        self._value = None
-        self._ok = True
-        clock.schedule_at(self, at_s, order)
+Callback = Callable[[int], None]
 
 
 class Clock(simpy.Environment):
-    """SimPy's environment. Equal instants resolve by order (ARRIVAL before TURN), then by who asked first."""
+    """SimPy's environment. Equal instants resolve by order (ARRIVAL before TURN), then by who asked first.
 
-    def schedule_at(self, event: simpy.Event, at_s: float, order: int) -> None:
-        """Schedule an event at an absolute instant: SimPy's own delays would add up to another float."""
+    Calls stand in SimPy's own queue, beside its events, as (instant, order, number, callback, argument): an event for each, with its list of
+    callbacks, takes three times as long. SimPy's delays would add up to another float than an absolute instant.
+    """
+
+    def call_at(self, at_s: float, order: int, callback: Callback, argument: int = 0) -> None:
+        """Call `callback(argument)` at that instant, which is `now` then."""
         if at_s < self._now:
             raise ValueError(f"at_s={at_s} is before now, {self._now}")
         queue: list[Any] = self._queue
-        heappush(queue, (at_s, order, next(self._eid), event))
+        heappush(queue, (at_s, order, next(self._eid), callback, argument))
 
-    def call_at(self, at_s: float, order: int, callback: Callable[[float], None]) -> None:
-        """Call `callback(at_s)` at that instant."""
-        Call(self, at_s, order, callback)
+    def advance_to(self, at_s: float) -> bool:
+        """Let time pass to an instant if nothing else happens until then, that instant included; whoever waits for it can go on at once."""
+        queue = self._queue
+        if queue and queue[0][0] <= at_s:
+            return False
+        self._now = at_s
+        return True
+
+    def step(self) -> None:
+        """Take what comes next: a call of ours, or an event of SimPy's."""
+        queue: list[Any] = self._queue
+        if queue and len(queue[0]) == 5:
+            self._now, _, _, callback, argument = heappop(queue)
+            callback(argument)
+        else:
+            super().step()
+
+    def run(self, until: Any = None) -> Any:
+        """Run until nothing is left to happen, or as SimPy's `run` says. The first case has a loop of its own."""
+        if until is None:
+            queue, step = self._queue, self.step
+            while queue:
+                step()
+            return None
+        return super().run(until)

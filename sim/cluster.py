@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from engine.blueprint import Blueprint
+from engine.placement import places_of
 from engine.prefix_keys import BlockKeys
 from engine.requests import Request
 from engine.router import Router
@@ -15,6 +16,9 @@ from sim.loads import LoadQueue
 from sim.observe import Observer, RequestLog, StepRow
 from sim.replica import Replica, StepTimes
 from traces import Trace
+from traces.columns import TraceColumns
+
+ROWS_AT_ONCE = 4096
 
 
 class Cluster:
@@ -29,11 +33,12 @@ class Cluster:
         *,
         steps: list[StepRow] | None = None,
         fast_forward: bool = True,
+        replica: Callable[..., Replica] = Replica,
     ) -> None:
         self.log = log
-        self._router = Router(plan.config.router, plan.config.replicas)
+        self._router = Router(plan.config.router, plan.config.replicas, places_of(plan.config, plan.adapters))
         self.replicas = [
-            Replica(
+            replica(
                 clock,
                 plan.new_scheduler(),
                 costs,
@@ -91,46 +96,48 @@ class Arrivals:
         columns = trace.columns
         self._blocks = columns.prefix_blocks
         self._keys = keys if self._blocks is not None else None
-        names = [*columns.adapter_names, None]  # index BASE_MODEL = -1 is the last
-        self._rows = enumerate(
-            zip(
-                columns.arrival_s.tolist(),
-                columns.prompt_tokens.tolist(),
-                columns.output_tokens.tolist(),
-                (names[index] for index in columns.adapter_index.tolist()),
-                strict=True,
-            )
-        )
+        self._requests = self._read(columns)
         self._clock = clock
         self._cluster = cluster
         self._on_arrival = on_arrival
-        self._next: Request | None = None
-        self._advance()
+        self._next = next(self._requests)
+        clock.call_at(self._next.arrival_s, ARRIVAL, self._arrive)
 
-    def _advance(self) -> None:
-        row = next(self._rows, None)
-        if row is None:
-            return
-        number, (arrival_s, prompt_tokens, output_tokens, adapter) = row
-        self._next = Request(
-            request_id=number,
-            arrival_s=arrival_s,
-            prompt_tokens=prompt_tokens,
-            output_tokens=output_tokens,
-            adapter=adapter,
-            page_keys=self._page_keys(number, adapter, prompt_tokens),
-        )
-        self._clock.call_at(arrival_s, ARRIVAL, self._arrive)
+    def _read(self, columns: TraceColumns) -> Iterator[Request]:
+        """Yield the requests, a block of rows at a time: all rows as Python numbers would take 100 bytes a request."""
+        names = [*columns.adapter_names, None]  # index BASE_MODEL = -1 is the last
+        for first in range(0, len(columns.ids), ROWS_AT_ONCE):
+            rows = slice(first, first + ROWS_AT_ONCE)
+            numbers = zip(
+                columns.arrival_s[rows].tolist(),
+                columns.prompt_tokens[rows].tolist(),
+                columns.output_tokens[rows].tolist(),
+                columns.adapter_index[rows].tolist(),
+                strict=True,
+            )
+            for row, (arrival_s, prompt_tokens, output_tokens, adapter) in enumerate(numbers, first):
+                name = names[adapter]
+                keys = None if self._keys is None else self._page_keys(row, name, prompt_tokens)
+                yield Request(row, arrival_s, prompt_tokens, output_tokens, name, keys)
 
     def _page_keys(self, row: int, adapter: str | None, prompt_tokens: int) -> tuple[int, ...] | None:
         if self._keys is None or self._blocks is None:
             return None
         return self._keys.keys(adapter, self._blocks[row] or (), prompt_tokens)
 
-    def _arrive(self, now_s: float) -> None:
+    def _arrive(self, _: int) -> None:
+        """Submit the next request, and those after it that come before anything else happens."""
         request = self._next
-        assert request is not None and isinstance(request.request_id, int)
-        self._cluster.submit(request, now_s)
-        if self._on_arrival is not None:
-            self._on_arrival(request.request_id + 1, now_s)
-        self._advance()
+        while True:
+            now_s = request.arrival_s
+            self._cluster.submit(request, now_s)
+            if self._on_arrival is not None:
+                assert isinstance(request.request_id, int)
+                self._on_arrival(request.request_id + 1, now_s)
+            following = next(self._requests, None)
+            if following is None:
+                return
+            request = self._next = following
+            if not self._clock.advance_to(request.arrival_s):
+                self._clock.call_at(request.arrival_s, ARRIVAL, self._arrive)
+                return

@@ -7,15 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from math import log2
 from typing import TypeVar
 
 from engine.budget import GpuSpec, gpu_spec
 from engine.config import ITEMSIZE_BYTES
 from engine.errors import UserError
 from engine.model_shape import ModelShape
-from sim.curve import Curve
 from sim.envelope import Envelope
+from sim.exchange import Exchange, Exchanges, exchanges_of
 from sim.fit import LoraRegime, OperatorFits
 from sim.profile import Profile
 
@@ -28,32 +27,57 @@ _MODULES = {
     "gate_up": ("gate_proj", "up_proj"),
     "down": ("down_proj",),
 }
-# A sampled row's best token and its logit cross the link, where the vocabulary is cut over GPUs.
-SAMPLE_BYTES = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layer:
-    """Microseconds of one layer (head and collectives:
-
-    of the whole step). measured: of this model at TP 1, the only degree at which whole steps were measured.
-    """
+    """Microseconds of one layer (head and exchanges: of the whole step). measured: of this model, all operators at this TP degree."""
 
     dense_us: Callable[[int], float]
     head_us: Callable[[int], float]
-    collectives_us: Callable[[int, int], float]
+    exchanges: Exchanges
     attention_decode: Envelope
     attention_prefill: Envelope
     lora: tuple[LoraRegime, ...]
     measured: bool
 
 
-def layer_of(fits: OperatorFits, profile: Profile, model: ModelShape, tp: int) -> Layer:
-    """Compose.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slower:
+    """How many times as long another kind of GPU takes for bytes of memory, for operations, for bytes to other GPUs and from the host."""
+
+    memory: float
+    matrix: float
+    link: float
+    host: float
+
+    @classmethod
+    def of(cls, measured: GpuSpec, other: GpuSpec) -> Slower:
+        """Compare by specification."""
+        return cls(
+            memory=measured.memory_bandwidth_bytes_per_s / other.memory_bandwidth_bytes_per_s,
+            matrix=measured.bf16_flops_per_s / other.bf16_flops_per_s,
+            link=measured.link_bandwidth_bytes_per_s / other.link_bandwidth_bytes_per_s,
+            host=measured.host_bandwidth_bytes_per_s / other.host_bandwidth_bytes_per_s,
+        )
+
+
+def layer_of(
+    fits: OperatorFits,
+    profile: Profile,
+    model: ModelShape,
+    tp: int,
+    exchange: Exchange = "local",
+    collectives: str = "fast",
+    gpu: str | None = None,
+) -> Layer:
+    """Compose. exchange, collectives: how much LoRA exchanges between the GPUs, and by what. gpu: another kind than the profiled one.
 
     Raises UserError where the model cannot be cut over `tp` GPUs or nothing is known of collectives.
     """
     model.validate_tp(tp)
+    gpu = gpu or profile.gpu
+    slower = Slower.of(gpu_spec(profile.gpu), gpu_spec(gpu))
     same = model == profile.model
     heads = _ratio(
         model.heads_per_rank(tp) * model.head_dim, profile.model.num_heads * profile.model.head_dim
@@ -66,25 +90,45 @@ def layer_of(fits: OperatorFits, profile: Profile, model: ModelShape, tp: int) -
     known.append(all((tp, linear) in fits.matmul for linear in (*LAYER_LINEARS, "head")))
     known.append(tp in fits.elementwise)
     return Layer(
-        dense_us=_dense(fits, profile, model, tp),
-        head_us=_head(fits, profile, model, tp),
-        collectives_us=_collectives(fits, profile, model, tp),
-        attention_decode=_attention(fits.additive["attention_decode"], tp, same, (1.0, kv_heads, 1.0)),
+        dense_us=_dense(fits, profile, model, tp, gpu, slower),
+        head_us=_head(fits, profile, model, tp, gpu, slower),
+        exchanges=exchanges_of(
+            fits.collective,
+            model,
+            tp,
+            exchange,
+            collectives,
+            ITEMSIZE_BYTES[profile.dtype],
+            profile.source,
+            slower.link,
+        ),
+        attention_decode=_attention(
+            fits.additive["attention_decode"], tp, same, (1.0, kv_heads, 1.0)
+        ).stretched((1.0, slower.memory, slower.memory)),
         attention_prefill=_attention(
             fits.additive["attention_prefill"], tp, same, (heads, 1.0, heads, kv_heads)
+        ).stretched((slower.memory, 1.0, slower.matrix, slower.memory)),
+        lora=tuple(
+            LoraRegime(
+                regime.most_tokens,
+                regime.envelope.stretched((1.0, 1.0, slower.memory, slower.memory, slower.memory)),
+            )
+            for regime in _nearest(fits.lora, tp)
         ),
-        lora=_nearest(fits.lora, tp),
-        measured=same and tp == 1 and all(known),
+        measured=same and tp == 1 and all(known) and gpu.lower() == profile.gpu.lower(),
     )
 
 
-def _dense(fits: OperatorFits, profile: Profile, model: ModelShape, tp: int) -> Callable[[int], float]:
-    matmuls = [_linear(fits, profile, model, tp, linear) for linear in LAYER_LINEARS]
+def _dense(
+    fits: OperatorFits, profile: Profile, model: ModelShape, tp: int, gpu: str, slower: Slower
+) -> Callable[[int], float]:
+    matmuls = [_linear(fits, profile, model, tp, linear, gpu) for linear in LAYER_LINEARS]
     elementwise = _nearest(fits.elementwise, tp)
     measured = tp in fits.elementwise
     width = (
         _ratio(model.hidden_size, profile.model.hidden_size) if measured else _width(profile.model, model, tp)
     )
+    width *= max(1.0, slower.memory)  # mostly latency, which a faster memory does not shorten
     return lambda tokens: sum(matmul(tokens) for matmul in matmuls) + width * elementwise(tokens)
 
 
@@ -103,14 +147,17 @@ def _width(profiled: ModelShape, model: ModelShape, tp: int) -> float:
     return _ratio(elements(model, tp), elements(profiled, 1))
 
 
-def _head(fits: OperatorFits, profile: Profile, model: ModelShape, tp: int) -> Callable[[int], float]:
-    product = _linear(fits, profile, model, tp, "head")
-    vocabulary = _ratio(-(-model.vocab_size // tp), profile.model.vocab_size)
+def _head(
+    fits: OperatorFits, profile: Profile, model: ModelShape, tp: int, gpu: str, slower: Slower
+) -> Callable[[int], float]:
+    product = _linear(fits, profile, model, tp, "head", gpu)
+    # Every GPU draws from all logits.
+    vocabulary = _ratio(model.vocab_size, profile.model.vocab_size) * max(1.0, slower.memory)
     return lambda rows: product(rows) + vocabulary * fits.sample(rows)
 
 
 def _linear(
-    fits: OperatorFits, profile: Profile, model: ModelShape, tp: int, linear: str
+    fits: OperatorFits, profile: Profile, model: ModelShape, tp: int, linear: str, gpu: str
 ) -> Callable[[int], float]:
     """Return a product's microseconds by rows:
 
@@ -121,12 +168,12 @@ def _linear(
     if curve is None:
         raise UserError(f"{profile.source}: operators.matmul has no {linear!r} at tp=1")
     size, measured_size = _sizes(model, tp, linear), _sizes(profile.model, measured_tp, linear)
-    if size == measured_size:
+    if size == measured_size and gpu.lower() == profile.gpu.lower():
         return curve
-    gpu, itemsize = gpu_spec(profile.gpu), ITEMSIZE_BYTES[profile.dtype]
+    here, there, itemsize = gpu_spec(profile.gpu), gpu_spec(gpu), ITEMSIZE_BYTES[profile.dtype]
 
     def scaled(rows: int) -> float:
-        ratio = _roofline_s(size, rows, gpu, itemsize) / _roofline_s(measured_size, rows, gpu, itemsize)
+        ratio = _roofline_s(size, rows, there, itemsize) / _roofline_s(measured_size, rows, here, itemsize)
         return curve(rows) * ratio
 
     return scaled
@@ -157,39 +204,6 @@ def _attention(fitted: Mapping[int, Envelope], tp: int, same: bool, factors: tup
 
 def _nearest(fitted: Mapping[int, T], tp: int) -> T:
     return fitted.get(tp, fitted[min(fitted)])
-
-
-def _collectives(
-    fits: OperatorFits, profile: Profile, model: ModelShape, tp: int
-) -> Callable[[int, int], float]:
-    """Two all-reduces a layer and one after the embedding, of the hidden states; one of the sampled rows'
-    best tokens.
-    """
-    if tp == 1:
-        return lambda tokens, rows: 0.0
-    reduce_us = _all_reduce(fits, profile, tp)
-    row_bytes = model.hidden_size * ITEMSIZE_BYTES[profile.dtype]
-    count = 2 * model.num_layers + 1
-    return lambda tokens, rows: count * reduce_us(tokens * row_bytes) + reduce_us(rows * SAMPLE_BYTES)
-
-
-def _all_reduce(fits: OperatorFits, profile: Profile, ranks: int) -> Callable[[float], float]:
-    """Return an all-reduce's microseconds by bytes.
-
-    Between as many GPUs as were measured: as measured. Else from 2: T(n) = α·log2 n + (T(2) − α)·2(n − 1)/n,
-    α being T(2) at the fewest bytes: latency grows with the depth of a tree, bytes as a ring moves them.
-    Source of the bytes' term: Patarasuk and Yuan, 2009.
-    """
-    if ranks in fits.collective:
-        return fits.collective[ranks]
-    two = fits.collective.get(2)
-    if two is None:
-        raise UserError(
-            f"{profile.source}: no all-reduce between 2 GPUs is known, so tp={ranks} cannot be priced"
-        )
-    known: Curve = two
-    alpha_us, moved = float(known.y[0]), 2 * (ranks - 1) / ranks
-    return lambda num_bytes: alpha_us * log2(ranks) + (known(num_bytes) - alpha_us) * moved
 
 
 def _ratio(this: float, that: float) -> float:

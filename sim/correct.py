@@ -17,7 +17,7 @@ from sim.fit import FitQuality, quality
 
 Floats = NDArray[np.float64]
 
-GROUPS = ("dense", "attention_decode", "attention_prefill", "lora", "head")
+GROUPS = ("dense", "attention_decode", "attention_prefill", "lora", "head", "exchange", "lora_exchange")
 STRENGTHS = (
     1e-4,
     1e-3,
@@ -65,7 +65,9 @@ def _solve(groups_us: Floats, measured_us: Floats, strength: float) -> Floats:
     """Least squares of relative errors, with rows that pull the constant to 0 and every factor to 1."""
     count = len(measured_us)
     columns = (
-        np.column_stack([np.ones(count), groups_us]) / measured_us[:, None] if count else np.empty((0, 6))
+        np.column_stack([np.ones(count), groups_us]) / measured_us[:, None]
+        if count
+        else np.empty((0, 1 + len(GROUPS)))
     )
     unit = np.array([float(np.median(measured_us)) if count else 1.0, *np.ones(len(GROUPS))])
     pull = np.sqrt(strength * max(count, 1)) / unit

@@ -8,7 +8,7 @@ by a factor ≥ 0.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
@@ -17,17 +17,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.config import ServingConfig
+from engine.budget import gpu_spec
 from engine.errors import UserError
 from engine.graph_sizes import padded_tokens
 from engine.model_shape import ModelShape, load_model_shape
 from engine.step import StepShape
-from sim.compose import Layer, layer_of
+from sim.compose import Layer, Slower, layer_of
 from sim.correct import GROUPS, Correction, correct
-from sim.envelope import Envelope
+from sim.exchange import Exchange, exchange_of
 from sim.fit import FitReport, fit_operators
+from sim.parallel import ParallelSteps, nearest, with_base, within
+from sim.price import Price
 from sim.profile import Profile
+from sim.segment import DecodeRun
 
 Floats = NDArray[np.float64]
+LoraPrice = Callable[[int, int, int, int, int], float]
 Provenance = Literal["measured", "interpolated", "extrapolated"]
 
 DEFAULT_MAX_NUM_SEQS = ServingConfig().max_num_seqs
@@ -39,13 +44,17 @@ class Setting:
     """What composes a step's cost beside its shape.
 
     sample_rows: most rows whose next token is computed in a step: the engine computes min(padded tokens,
-    max_num_seqs) of them.
+    max_num_seqs) of them. exchange, collectives: what LoRA exchanges between the GPUs, and by what. gpu: another
+    kind than the profiled one, by whose specification operators are scaled.
     """
 
     tp: int
     model: ModelShape
     graph_max_tokens: int
     sample_rows: int
+    exchange: Exchange = "local"
+    collectives: str = "fast"
+    gpu: str | None = None
 
 
 class StepCosts:
@@ -55,29 +64,41 @@ class StepCosts:
         self.profile = profile
         self.setting = setting
         self._fits = fit_operators(profile)
-        self._layer = layer_of(self._fits, profile, setting.model, setting.tp)
-        self._correction, self.report = _correction_of(profile)
+        self._layer = layer_of(
+            self._fits, profile, setting.model, setting.tp, setting.exchange, setting.collectives, setting.gpu
+        )
+        self._parallel = None if setting.tp == 1 else _parallel_of(profile, setting)
+        self._correction, self.report = _correction_of(profile, self._parallel)
         self._dense: dict[
             int, tuple[float, float, float]
         ] = {}  # padded tokens -> matmuls etc., head etc., collectives
-        self._fixed: dict[int, float] = {}  # tokens -> seconds that they alone decide
+        self._by_tokens: dict[int, tuple[float, LoraPrice]] = {}  # seconds that they alone decide, and how LoRA is priced
         layers, factor = setting.model.num_layers, self._correction.factors
-        self._decode = _Price(self._layer.attention_decode.scaled(layers * factor["attention_decode"] * 1e-6))
-        self._prefill = _Price(
-            self._layer.attention_prefill.scaled(layers * factor["attention_prefill"] * 1e-6)
+        self._decode = Price(
+            self._layer.attention_decode.scaled(layers * factor["attention_decode"] * 1e-6),
+            ("rows", "kv_tokens", "kv_max"),
+        )
+        self._prefill = Price(
+            self._layer.attention_prefill.scaled(layers * factor["attention_prefill"] * 1e-6),
+            ("tokens", "chunks", "pairs", "kv_tokens"),
         )
         # A shape's bytes are of all layers, the measurements' of one.
         per_layer = (1.0, 1.0, 1 / layers, 1 / layers, 1 / layers)
         self._lora_regimes = tuple(
             (
                 regime.most_tokens,
-                _Price(regime.envelope.over_model(layers, per_layer).scaled(factor["lora"] * 1e-6)),
+                Price(
+                    regime.envelope.over_model(layers, per_layer).scaled(factor["lora"] * 1e-6),
+                    ("adapters", "tokens", "single_bytes", "shared_bytes", "token_bytes"),
+                ),
             )
             for regime in self._layer.lora
         )
-        self._host = _Price(self._fits.host.scaled(1e-6))
-        self._transfer = _Price(self._fits.transfer.scaled(1e-6))
+        self._host = Price(self._fits.host.scaled(1e-6), ("rows", "chunks"))
+        host = 1.0 if setting.gpu is None else Slower.of(gpu_spec(profile.gpu), gpu_spec(setting.gpu)).host
+        self._transfer = Price(self._fits.transfer.stretched((host,)).scaled(1e-6), ("num_bytes",))
         self._measured = frozenset(profile.steps)
+        self._exchange_s = None if setting.exchange == "local" else self._lora_exchange_s
 
     def __reduce__(self) -> tuple[Any, ...]:
         return StepCosts, (self.profile, self.setting)
@@ -86,46 +107,40 @@ class StepCosts:
 
     def step_s(self, shape: StepShape) -> float:
         """GPU time of a step."""
-        tokens = shape.decode_rows + shape.prefill_tokens
-        fixed_s = self._fixed.get(tokens)
-        total_s = self._fixed_s(tokens) if fixed_s is None else fixed_s
-        if shape.decode_rows:
-            total_s += self._decode((shape.decode_rows, shape.decode_kv_tokens, shape.decode_kv_max))
+        rows = shape.decode_rows
+        tokens = rows + shape.prefill_tokens
+        total_s, lora_s = self._by_tokens.get(tokens) or self._of_tokens(tokens)
+        if rows:
+            total_s += self._decode.at(rows, shape.decode_kv_tokens, shape.decode_kv_max)
         if shape.prefill_chunks:
-            total_s += self._prefill(
-                (shape.prefill_tokens, shape.prefill_chunks, shape.prefill_pairs, shape.prefill_kv_tokens)
-            )
+            total_s += self._prefill_s(shape)
         if shape.lora_adapters:
-            total_s += self._lora(shape)
+            single = shape.lora_single_bytes
+            total_s += lora_s(
+                shape.lora_adapters,
+                shape.lora_tokens,
+                single,
+                shape.lora_bytes - single,
+                shape.lora_token_bytes,
+            )
+            if self._exchange_s is not None:
+                total_s += self._exchange_s(shape)
         return total_s
 
-    def decode_run_s(self, shape: StepShape, steps: int) -> Floats:
-        """GPU time of each of `steps` decode steps: `shape`, then one more KV token a row each."""
-        rows, kv_tokens, kv_max = shape.decode_rows, shape.decode_kv_tokens, shape.decode_kv_max
-        total_s = self.step_s(shape)
-        first_s = self._decode((rows, kv_tokens, kv_max))
-        further = steps - 1
-        last_s = self._decode.straight_to(
-            (rows, kv_tokens, kv_max), (rows, kv_tokens + rows * further, kv_max + further)
-        )
-        if last_s is not None:  # in closed form: a third of the time of the arrays below
-            slope_s = (last_s - first_s) / further if further else 0.0
-            line_s = np.arange(steps, dtype=np.float64)
-            line_s *= slope_s
-            line_s += total_s
-            return line_s
-        ahead = np.arange(steps)
-        times_s = self._decode.run((float(rows), kv_tokens + rows * ahead, kv_max + ahead), steps)
-        times_s += total_s - first_s
-        return times_s
+    def decode_run(self, shape: StepShape, steps: int) -> DecodeRun:
+        """GPU time of up to `steps` decode steps: `shape`, then one more KV token a row each, as far as it grows along a straight line."""
+        rows = shape.decode_rows
+        sizes = (rows, shape.decode_kv_tokens, shape.decode_kv_max)
+        slope_s, straight = self._decode.line(sizes, (0, rows, 1), steps)
+        return DecodeRun(self.step_s(shape), slope_s, straight)
 
     def host_s(self, shape: StepShape) -> float:
         """CPU time of one turn of the engine's loop: plan, pack, launch, complete."""
-        return self._host((shape.decode_rows, shape.prefill_chunks))
+        return self._host.at(shape.decode_rows, shape.prefill_chunks)
 
     def load_s(self, num_bytes: int) -> float:
         """Time to copy an adapter of so many bytes to the GPU."""
-        return self._transfer((num_bytes,))
+        return self._transfer.at(num_bytes)
 
     def parts_s(self, shape: StepShape) -> dict[str, float]:
         """GPU time of a step by what it is spent on; the values add up to `step_s`."""
@@ -135,21 +150,21 @@ class StepCosts:
         parts = {
             "matmul": (dense_us * factor["dense"] + self._correction.constant_us) * 1e-6,
             "head": head_us * factor["head"] * 1e-6,
-            "collectives": collective_us * 1e-6,
+            "collectives": collective_us * factor["exchange"] * 1e-6,
             "decode attention": 0.0,
             "prefill attention": 0.0,
             "LoRA": 0.0,
         }
         if shape.decode_rows:
-            parts["decode attention"] = self._decode(
-                (shape.decode_rows, shape.decode_kv_tokens, shape.decode_kv_max)
+            parts["decode attention"] = self._decode.at(
+                shape.decode_rows, shape.decode_kv_tokens, shape.decode_kv_max
             )
         if shape.prefill_chunks:
-            parts["prefill attention"] = self._prefill(
-                (shape.prefill_tokens, shape.prefill_chunks, shape.prefill_pairs, shape.prefill_kv_tokens)
-            )
+            parts["prefill attention"] = self._prefill_s(shape)
         if shape.lora_adapters:
-            parts["LoRA"] = self._lora(shape)
+            parts["LoRA"] = self._lora_s(shape)
+            if self._exchange_s is not None:
+                parts["collectives"] += self._exchange_s(shape)
         return parts
 
     def provenance(self, shape: StepShape) -> Provenance:
@@ -158,9 +173,30 @@ class StepCosts:
         measured: this very step was measured. interpolated: every size lies within what was measured, of this
         model at this TP degree. extrapolated: otherwise.
         """
+        if self.setting.gpu is not None:
+            return "extrapolated"
+        if self._parallel is not None:
+            return self._parallel_provenance(self._parallel, shape)
         if not self._layer.measured or not self._within(shape):
             return "extrapolated"
         return "measured" if self.setting.tp == 1 and shape in self._measured else "interpolated"
+
+    def _parallel_provenance(self, parallel: ParallelSteps, shape: StepShape) -> Provenance:
+        setting = self.setting
+        same = (parallel.model, parallel.tp, parallel.exchange, parallel.collectives) == (
+            setting.model,
+            setting.tp,
+            setting.exchange,
+            setting.collectives,
+        )
+        if not same or not within(shape, parallel.steps):
+            return "extrapolated"
+        return "measured" if shape in parallel.steps else "interpolated"
+
+    def _lora_exchange_s(self, shape: StepShape) -> float:
+        padded = padded_tokens(shape.tokens, self.setting.graph_max_tokens)
+        token_bytes = shape.lora_token_bytes / shape.lora_tokens
+        return self._layer.exchanges.lora_us(padded, token_bytes) * self._correction.factors["lora_exchange"] * 1e-6
 
     def _within(self, shape: StepShape) -> bool:
         largest, layers = self._fits.largest, self.setting.model.num_layers
@@ -177,30 +213,32 @@ class StepCosts:
             and shape.lora_token_bytes <= lora["token_bytes"] * layers
         )
 
-    def _lora(self, shape: StepShape) -> float:
-        tokens = shape.decode_rows + shape.prefill_tokens
-        price = next(price for most_tokens, price in self._lora_regimes if tokens <= most_tokens)
+    def _prefill_s(self, shape: StepShape) -> float:
+        return self._prefill.at(
+            shape.prefill_tokens, shape.prefill_chunks, shape.prefill_pairs, shape.prefill_kv_tokens
+        )
+
+    def _lora_s(self, shape: StepShape) -> float:
         single = shape.lora_single_bytes
-        return price(
-            (
-                shape.lora_adapters,
-                shape.lora_tokens,
-                single,
-                shape.lora_bytes - single,
-                shape.lora_token_bytes,
-            )
+        return self._of_tokens(shape.tokens)[1](
+            shape.lora_adapters,
+            shape.lora_tokens,
+            single,
+            shape.lora_bytes - single,
+            shape.lora_token_bytes,
         )
 
     # ---- what tokens alone decide ----
 
-    def _fixed_s(self, tokens: int) -> float:
+    def _of_tokens(self, tokens: int) -> tuple[float, LoraPrice]:
         dense_us, head_us, collective_us = self._dense_us(
             padded_tokens(tokens, self.setting.graph_max_tokens)
         )
         factor = self._correction.factors
-        total_us = dense_us * factor["dense"] + head_us * factor["head"] + collective_us
-        self._fixed[tokens] = total_s = (total_us + self._correction.constant_us) * 1e-6
-        return total_s
+        total_us = dense_us * factor["dense"] + head_us * factor["head"] + collective_us * factor["exchange"]
+        lora = next(price for most_tokens, price in self._lora_regimes if tokens <= most_tokens)
+        self._by_tokens[tokens] = found = (total_us + self._correction.constant_us) * 1e-6, lora.at
+        return found
 
     def _dense_us(self, padded: int) -> tuple[float, float, float]:
         found = self._dense.get(padded)
@@ -209,7 +247,7 @@ class StepCosts:
             found = self._dense[padded] = (
                 self._layer.dense_us(padded) * self.setting.model.num_layers,
                 self._layer.head_us(rows),
-                self._layer.collectives_us(padded, rows),
+                self._layer.exchanges.base_us(padded, rows),
             )
         return found
 
@@ -221,10 +259,14 @@ def fit_costs(
     model: ModelShape | None = None,
     graph_max_tokens: int | None = None,
     max_num_seqs: int = DEFAULT_MAX_NUM_SEQS,
+    exchange: Exchange = "local",
+    collectives: str = "fast",
+    gpu: str | None = None,
 ) -> StepCosts:
     """Fit a profile and compose its operators to `model` (None: the profiled one) on `tp` GPUs.
 
-    graph_max_tokens, max_num_seqs: of the configuration that will run; None is the profile's. Raises
+    graph_max_tokens, max_num_seqs: of the configuration that will run; None is the profile's. exchange,
+    collectives: what LoRA exchanges between the GPUs, and by what. gpu: the kind to scale to. Raises
     UserError where the model cannot be cut over so many GPUs, or collectives are needed and nothing is known
     of them.
     """
@@ -233,6 +275,9 @@ def fit_costs(
         model=model or profile.model,
         graph_max_tokens=profile.graph_max_tokens if graph_max_tokens is None else graph_max_tokens,
         sample_rows=max_num_seqs,
+        exchange=exchange,
+        collectives=collectives,
+        gpu=None if gpu is None or gpu.lower() == profile.gpu.lower() else gpu.lower(),
     )
     return StepCosts(profile, setting)
 
@@ -240,10 +285,10 @@ def fit_costs(
 def costs_for(profile: Profile, config: ServingConfig) -> StepCosts:
     """Fit a profile and compose it to what a configuration serves: its model, TP degree, graphs and batch.
 
-    Raises UserError where the profile is of another GPU, element type or backend: it says nothing about them.
+    For another GPU of the catalogue the operators are scaled by its specification. Raises UserError where the profile is of another element type
+    or backend: it says nothing about them.
     """
     for name, measured, wanted in (
-        ("gpu", profile.gpu.lower(), config.gpu.lower()),
         ("dtype", profile.dtype, config.dtype),
         ("page_tokens", profile.page_tokens, config.page_tokens),
         ("backend", MEASURED_BACKEND, config.backend),
@@ -256,84 +301,35 @@ def costs_for(profile: Profile, config: ServingConfig) -> StepCosts:
         model=load_model_shape(config.model),
         graph_max_tokens=config.graph_max_tokens,
         max_num_seqs=config.max_num_seqs,
+        exchange=exchange_of(config),
+        collectives=config.collectives,
+        gpu=config.gpu,
     )
 
 
-class _Price:
-    """An `Envelope` in plain floats: a few times faster at one point than numpy."""
-
-    __slots__ = ("_bent", "_limits")
-
-    def __init__(self, model: Envelope) -> None:
-        self._limits = tuple(
-            (
-                limit.constant,
-                tuple((r.index, r.slope) for r in limit.ramps if r.low == 0 and r.high == np.inf),
-                tuple((r.index, r.low, r.high, r.slope) for r in limit.ramps if r.low > 0 or r.high < np.inf),
-            )
-            for limit in model.limits
-        )
-        self._bent = any(ramps for _, _, ramps in self._limits)
-
-    def __call__(self, features: Sequence[float]) -> float:
-        largest = 0.0
-        for total, lines, ramps in self._limits:
-            for index, slope in lines:
-                total += slope * features[index]
-            for index, low, high, slope in ramps:
-                value = features[index]
-                if value > low:
-                    total += slope * ((value if value < high else high) - low)
-            if total > largest:
-                largest = total
-        return largest
-
-    def straight_to(self, first: Sequence[float], last: Sequence[float]) -> float | None:
-        """Return the value at `last` if the model is a straight line from `first` to it, else None.
-
-        The largest of straight lines is convex: where one of them is the largest at both ends, it is in
-        between.
-        """
-        if self._bent:
-            return None
-        values = [self._values(features) for features in (first, last)]
-        largest = max(values[1])
-        rulers = (values[0].index(max(values[0])), values[1].index(largest))
-        return largest if rulers[0] == rulers[1] else None
-
-    def _values(self, features: Sequence[float]) -> list[float]:
-        return [
-            constant + sum([slope * features[index] for index, slope in lines])
-            for constant, lines, _ in self._limits
-        ]
-
-    def run(self, features: Sequence[float | Floats | NDArray[np.int64]], steps: int) -> Floats:
-        """Return the values where features are arrays of `steps` values, or one value for all."""
-        largest: Floats | None = None
-        for constant, lines, ramps in self._limits:
-            total = np.full(steps, constant)
-            for index, slope in lines:
-                total += slope * features[index]
-            for index, low, high, slope in ramps:
-                total += slope * (np.minimum(np.maximum(features[index], low), high) - low)
-            largest = total if largest is None else np.maximum(largest, total)
-        assert largest is not None
-        return largest
+def _parallel_of(profile: Profile, setting: Setting) -> ParallelSteps | None:
+    return nearest(profile.parallel, setting.model, setting.tp, setting.exchange, setting.collectives)
 
 
-@lru_cache(maxsize=8)
-def _correction_of(profile: Profile) -> tuple[Correction, FitReport]:
-    """Correct the profiled model's composition by its whole steps; one profile is corrected once."""
+@lru_cache(maxsize=32)
+def _correction_of(profile: Profile, parallel: ParallelSteps | None) -> tuple[Correction, FitReport]:
+    """Correct a composition by whole steps: of one GPU, or of several. Each is corrected once."""
     fits = fit_operators(profile)
-    layer = layer_of(fits, profile, profile.model, 1)
-    groups = np.array([_groups_us(profile, layer, shape) for shape in profile.steps]).reshape(-1, len(GROUPS))
-    correction, quality, errors = correct(groups, profile.steps_us)
+    if parallel is None:
+        model, steps, steps_us = profile.model, profile.steps, profile.steps_us
+        layer = layer_of(fits, profile, model, 1)
+    else:
+        parallel = with_base(parallel, profile.parallel)
+        model, steps, steps_us = parallel.model, parallel.steps, parallel.steps_us
+        layer = layer_of(fits, profile, model, parallel.tp, parallel.exchange, parallel.collectives)
+    groups = np.array([_groups_us(profile, model, layer, shape) for shape in steps]).reshape(-1, len(GROUPS))
+    correction, quality, errors = correct(groups, steps_us)
     return correction, FitReport(operators=fits.quality, steps=quality, step_errors=errors)
 
 
-def _groups_us(profile: Profile, layer: Layer, shape: StepShape) -> tuple[float, ...]:
+def _groups_us(profile: Profile, model: ModelShape, layer: Layer, shape: StepShape) -> tuple[float, ...]:
     """Return a step's composed microseconds by group, in the order of GROUPS."""
-    layers = profile.model.num_layers
+    layers = model.num_layers
     padded = padded_tokens(shape.tokens, profile.graph_max_tokens)
     decode = np.array([[shape.decode_rows, shape.decode_kv_tokens, shape.decode_kv_max]], dtype=float)
     prefill = np.array(
@@ -359,4 +355,6 @@ def _groups_us(profile: Profile, layer: Layer, shape: StepShape) -> tuple[float,
         layers * float(layer.attention_prefill.many(prefill)[0]) if shape.prefill_chunks else 0.0,
         layers * float(regime.envelope.many(lora)[0]) if shape.lora_adapters else 0.0,
         layer.head_us(min(padded, DEFAULT_MAX_NUM_SEQS)),
+        layer.exchanges.base_us(padded, min(padded, DEFAULT_MAX_NUM_SEQS)),
+        layer.exchanges.lora_us(padded, shape.lora_token_bytes / shape.lora_tokens) if shape.lora_tokens else 0.0,
     )

@@ -76,7 +76,7 @@ class OperatorFits:
     sample: Curve
     transfer: Envelope
     host: Envelope
-    collective: Mapping[int, Curve]
+    collective: Mapping[tuple[int, str], Curve]  # by GPUs and operation
     quality: tuple[FitQuality, ...]
     largest: Mapping[str, Mapping[str, float]]  # operator -> column -> largest measured
 
@@ -97,9 +97,10 @@ def fit_operators(profile: Profile) -> OperatorFits:
             f"elementwise tp{tp}", operators["elementwise"].where(tp=tp), "tokens", qualities
         )
     for ranks in _values(operators["collective"], "ranks"):
-        table = operators["collective"].where(ranks=ranks, op="all_reduce")
-        if len(table):
-            collective[ranks] = _curve(f"all_reduce {ranks} ranks", table, "bytes", qualities)
+        for op in dict.fromkeys(operators["collective"].words["op"]):
+            table = operators["collective"].where(ranks=ranks, op=op)
+            if len(table):
+                collective[ranks, op] = _curve(f"{op} {ranks} ranks", table, "bytes", qualities)
     additive = {name: _by_tp(name, operators[name], columns, qualities) for name, columns in ADDITIVE.items()}
     return OperatorFits(
         matmul=matmul,

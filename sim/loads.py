@@ -41,6 +41,8 @@ class LoadQueue:
     host: which adapters are there; None: all of them. The others are read first, one after the other, while
     those before them are copied, each when host memory has room for it beside what is read and copied then.
 
+    next_end_s: the instant when the next load ends; infinity where none is under way.
+
     Under tensor parallelism every rank loads its shard over its own link at the same time, so one queue
     stands for all; the disk is one for all `ranks`.
     """
@@ -63,6 +65,7 @@ class LoadQueue:
         self._order = 0
         self._link_free_at_s = 0.0
         self._disk_free_at_s = 0.0
+        self.next_end_s = inf
         self.busy_s = 0.0
         self.disk_busy_s = 0.0
         self.disk_reads = 0
@@ -72,19 +75,19 @@ class LoadQueue:
         self._end(now_s)
         self._waiting.extend(loads)
         self._claim(now_s)
+        self._look()
 
     def ended(self, now_s: float) -> list[str]:
         """Hand over the adapters whose loads have ended by now, in order."""
         self._end(now_s)
         names = [copy.adapter for copy in self._ended]
         self._ended.clear()
+        self._look()
         return names
 
-    @property
-    def next_end_s(self) -> float:
-        """The instant when the next load ends; infinity where none is under way."""
+    def _look(self) -> None:
         first = self._ended or self._copies
-        return first[0].end_s if first else inf
+        self.next_end_s = first[0].end_s if first else inf
 
     def _end(self, now_s: float) -> None:
         """End copies up to now; each makes room in host memory for loads that wait for it."""

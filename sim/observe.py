@@ -8,18 +8,17 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from math import inf, nan
+from math import isnan, nan
 
 import numpy as np
-from numpy.typing import NDArray
 
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence
 from engine.step import Step, StepShape
+from sim.segment import Segment
 
-Floats = NDArray[np.float64]
-
-PARTS_EVERY = 16  # of so many steps or segments one is broken down into its parts
+PARTS_EVERY = 4 * 16  # of so many steps or segments, four numbers each, one is broken down into its parts
+FOLD_AT = 1 << 14  # numbers; a multiple of PARTS_EVERY
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,19 +49,26 @@ class RequestLog:
         for chunk in step.prefills:
             if chunk.last:
                 sequence = chunk.sequence
-                row = sequence.request.request_id
-                assert isinstance(row, int)
-                if sequence.preemptions == 0 or self.first_token_s[row] != self.first_token_s[row]:
+                row = row_of(sequence)
+                if not sequence.preemptions or isnan(self.first_token_s[row]):
                     self.first_token_s[row] = now_s
         for sequence in step.finishing:
-            row = sequence.request.request_id
-            assert isinstance(row, int)
+            row = row_of(sequence)
             self.finish_s[row] = now_s
             self.scheduled_s[row] = nan if sequence.admitted_s is None else sequence.admitted_s
             self.load_wait_s[row] = sequence.load_wait_s
-            self.preemptions[row] = sequence.preemptions
-            self.cached_tokens[row] = sequence.found_tokens
-        self.finished += len(step.finishing)
+            if sequence.preemptions:
+                self.preemptions[row] = sequence.preemptions
+            if sequence.found_tokens:
+                self.cached_tokens[row] = sequence.found_tokens
+            self.finished += 1
+
+
+def row_of(sequence: Sequence) -> int:
+    """Return a request's row in the trace, which is its id here."""
+    row = sequence.request.request_id
+    assert isinstance(row, int)
+    return row
 
 
 @dataclass(slots=True)
@@ -73,7 +79,6 @@ class Usage:
     gpu_s: float = 0.0
     steps: int = 0
     decode_rows: int = 0
-    tokens: int = 0
     kv_page_s: float = 0.0
     adapter_page_s: float = 0.0
     sequence_s: float = 0.0
@@ -85,7 +90,11 @@ class Usage:
 
 
 class Observer:
-    """Watches one replica. Its sums of pages and sequences are sampled when steps are planned."""
+    """Watches one replica. Its sums of pages and sequences are sampled when steps are planned.
+
+    What is seen is written down as numbers, a few at a time, and summed in numpy when FOLD_AT of them are there: a third of the time that
+    sums in Python take, and memory stays small.
+    """
 
     def __init__(
         self,
@@ -94,37 +103,30 @@ class Observer:
         parts_s: Callable[[StepShape], Mapping[str, float]],
         steps: list[StepRow] | None = None,
     ) -> None:
-        self.usage = Usage()
+        self._usage = Usage()
         self._replica = replica
         self._log = log
         self._parts_s = parts_s
         self._steps = steps
-        self._until_parts = 0
-        self._seen_at_s = inf  # before the first look there is nothing to sum
-        self._kv_pages = self._adapter_pages = self._sequences = 0  # at the last look
-        self._adapter_changes = 0
+        self._looks: list[float] = []  # now, KV pages, adapters' pages, sequences; over and over
+        self._runs: list[
+            float
+        ] = []  # steps, their duration, their GPU time, decode rows in each; over and over
+
+    @property
+    def usage(self) -> Usage:
+        """What was used so far."""
+        self._fold_looks()
+        self._fold_runs()
+        return self._usage
 
     def planned(self, scheduler: Scheduler, now_s: float) -> None:
         """Look at the memory after a plan."""
-        usage = self.usage
-        elapsed_s = now_s - self._seen_at_s
-        if elapsed_s > 0:
-            usage.kv_page_s += self._kv_pages * elapsed_s
-            usage.adapter_page_s += self._adapter_pages * elapsed_s
-            usage.sequence_s += self._sequences * elapsed_s
-            usage.observed_s += elapsed_s
-        self._seen_at_s = now_s
-        residency = scheduler.residency
-        changes = residency.loads + residency.evictions
-        if changes != self._adapter_changes:
-            self._adapter_changes, self._adapter_pages = changes, residency.pages_held
-            usage.adapter_pages_max = max(usage.adapter_pages_max, self._adapter_pages)
-        self._kv_pages = kv_pages = scheduler.kv_pages
-        self._sequences = sequences = scheduler.num_running
-        if kv_pages > usage.kv_pages_max:
-            usage.kv_pages_max = kv_pages
-        if sequences > usage.sequences_max:
-            usage.sequences_max = sequences
+        self._looks.extend(
+            (now_s, scheduler.memory.kv_pages, scheduler.residency.pages_held, scheduler.num_running)
+        )
+        if len(self._looks) >= FOLD_AT:
+            self._fold_looks()
 
     def ran(self, shape: StepShape, start_s: float, duration_s: float, gpu_s: float) -> None:
         """Note a step."""
@@ -132,41 +134,60 @@ class Observer:
         if self._steps is not None:
             self._steps.append(StepRow(self._replica, start_s, duration_s, shape))
 
-    def ran_segment(self, shape: StepShape, starts_s: Floats, gpu_s: float) -> None:
-        """Note a run of decode steps, the first of `shape`; `starts_s` holds their starts and the end of the
-        last.
-        """
-        self._add(shape, len(starts_s) - 1, float(starts_s[-1] - starts_s[0]), gpu_s)
+    def ran_segment(self, shape: StepShape, segment: Segment) -> None:
+        """Note a run of decode steps that has come to its last; the first is of `shape`."""
+        steps = segment.last + 1
+        self._add(shape, steps, segment.start_of(steps) - segment.start_s, segment.gpu_s(steps))
         if self._steps is None:
             return
-        for ahead, (start_s, duration_s) in enumerate(
-            zip(starts_s[:-1].tolist(), np.diff(starts_s).tolist(), strict=True)
-        ):
+        for ahead in range(steps):
+            start_s = segment.start_of(ahead)
+            duration_s = segment.start_of(ahead + 1) - start_s
             self._steps.append(StepRow(self._replica, start_s, duration_s, decode_ahead(shape, ahead)))
 
     def completed(self, step: Step, now_s: float) -> None:
         """Note what a step made."""
-        if step.prefills or step.finishing:
-            self._log.completed(step, now_s)
+        self._log.completed(step, now_s)
 
     def refused(self, sequence: Sequence, reason: str) -> None:
         """Note a request that the scheduler turned away while it waited."""
-        row = sequence.request.request_id
-        assert isinstance(row, int)
-        self._log.refused[row] = reason
+        self._log.refused[row_of(sequence)] = reason
 
     def _add(self, shape: StepShape, steps: int, duration_s: float, gpu_s: float) -> None:
-        usage = self.usage
-        usage.busy_s += duration_s
-        usage.gpu_s += gpu_s
-        usage.steps += steps
-        usage.decode_rows += shape.decode_rows * steps
-        usage.tokens += shape.tokens * steps
-        self._until_parts -= 1
-        if self._until_parts < 0:
-            self._until_parts = PARTS_EVERY - 1
+        runs = self._runs
+        if not len(runs) % PARTS_EVERY:
+            parts_s = self._usage.parts_s
             for part, part_s in self._parts_s(shape).items():
-                usage.parts_s[part] = usage.parts_s.get(part, 0.0) + part_s * steps
+                parts_s[part] = parts_s.get(part, 0.0) + part_s * steps
+            if len(runs) >= FOLD_AT:
+                self._fold_runs()
+        runs.extend((steps, duration_s, gpu_s, shape.decode_rows))
+
+    def _fold_looks(self) -> None:
+        """Sum up what was seen, each look weighted by the time until the next; the last one stays as the first of what comes."""
+        if not self._looks:
+            return
+        looks = np.array(self._looks).reshape(-1, 4)
+        elapsed_s, usage = np.diff(looks[:, 0]), self._usage
+        kv_page_s, adapter_page_s, sequence_s = (elapsed_s[:, None] * looks[:-1, 1:]).sum(axis=0).tolist()
+        usage.kv_page_s += kv_page_s
+        usage.adapter_page_s += adapter_page_s
+        usage.sequence_s += sequence_s
+        usage.observed_s += float(elapsed_s.sum())
+        kv_pages, adapter_pages, sequences = looks[:, 1:].max(axis=0).astype(int).tolist()
+        usage.kv_pages_max = max(usage.kv_pages_max, kv_pages)
+        usage.adapter_pages_max = max(usage.adapter_pages_max, adapter_pages)
+        usage.sequences_max = max(usage.sequences_max, sequences)
+        del self._looks[:-4]
+
+    def _fold_runs(self) -> None:
+        steps, duration_s, gpu_s, decode_rows = np.array(self._runs).reshape(-1, 4).T
+        usage = self._usage
+        usage.steps += int(steps.sum())
+        usage.busy_s += float(duration_s.sum())
+        usage.gpu_s += float(gpu_s.sum())
+        usage.decode_rows += int((steps * decode_rows).sum())
+        del self._runs[:]
 
 
 def decode_ahead(shape: StepShape, steps: int) -> StepShape:

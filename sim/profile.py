@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.budget import gpu_spec
 from engine.config import ServingConfig
 from engine.errors import UserError
 from engine.model_shape import ModelShape, load_model_shape
 from engine.step import StepShape
+from sim.parallel import ParallelSteps, parallel_files, parse_parallel
 
 Floats = NDArray[np.float64]
 
 SCHEMA_VERSION = 1
 PROFILES = Path(__file__).parent / "profiles"
+_OF_ONE_GPU = re.compile(r"(?!collectives\.|vllm).+\.(?!tp\d+\.)[^.]+\.json")  # <model>.<gpu>.json
 
 # Operator -> numbers that each of its rows must have, beside `us`.
 NUMBERS: dict[str, tuple[str, ...]] = {
@@ -70,7 +74,7 @@ class Table:
 class Profile:
     """Measurements on one GPU of one model's shapes.
 
-    steps: whole captured steps at TP 1 and their GPU microseconds. host: rows, prefill chunks and
+    steps: whole captured steps at TP 1 and their GPU microseconds. parallel: the same under tensor parallelism, also of other models. host: rows, prefill chunks and
     microseconds of one loop turn. provenance: GPU name, driver, versions, commit, date and command, to show.
     collective_source: where collectives come from.
     """
@@ -84,39 +88,53 @@ class Profile:
     operators: Mapping[str, Table]
     steps: tuple[StepShape, ...]
     steps_us: Floats
+    parallel: tuple[ParallelSteps, ...]
     host: Table
     provenance: Mapping[str, Any]
     collective_source: str
 
 
 def load_profile(path: str | Path) -> Profile:
-    """Read a profile. Raises UserError naming the file and the place in it."""
-    return parse_profile(_read_json(Path(path)), str(path))
+    """Read a profile, and beside it those of tensor parallelism on the same kind of GPU. Raises UserError naming the file and the place in it."""
+    data = _read_json(Path(path))
+    gpu = data.get("gpu") if isinstance(data, dict) else None
+    files = parallel_files(Path(path), gpu) if isinstance(gpu, str) else []
+    return parse_profile(data, str(path), [(_read_json(file), str(file)) for file in files])
 
 
 def find_profile(config: ServingConfig) -> Path:
-    """Return the shipped profile for a configuration: of its model and GPU, else of another model on that
-    GPU.
+    """Return the shipped profile for a configuration: of its model and GPU, else of another model on that GPU, else of another GPU. Raises
+    UserError for a GPU that is not in the catalogue.
     """
     gpu = config.gpu.lower()
     exact = PROFILES / f"{config.model.lower()}.{gpu}.json"
     if "/" not in config.model and exact.is_file():
         return exact
-    others = sorted(
-        path for path in PROFILES.glob(f"*.{gpu}.json") if not path.name.startswith("collectives.")
-    )
+    gpu_spec(gpu)  # an unknown one is said by name
+    model = "" if "/" in config.model else config.model.lower()
+    others = [path for path in PROFILES.glob("*.json") if _OF_ONE_GPU.fullmatch(path.name)]
     if not others:
-        raise UserError(f"no profile of gpu {config.gpu!r} in {PROFILES}; give one with --profile")
-    return others[0]
+        raise UserError(f"no profile in {PROFILES}; give one with --profile")
+    # Another model on the same kind of GPU says more than the same model on another kind.
+    return min(
+        others,
+        key=lambda path: (f".{gpu}." not in path.name, not path.name.startswith(f"{model}."), path.name),
+    )
 
 
-def parse_profile(data: Any, source: str) -> Profile:
-    """Check a profile's JSON form. Raises UserError naming the place."""
+def parse_profile(data: Any, source: str, parallel: Sequence[tuple[Any, str]] = ()) -> Profile:
+    """Check a profile's JSON form, and those of tensor parallelism with it, each with its source. Raises UserError naming the place."""
     if not isinstance(data, dict):
         raise UserError(f"{source}: a profile must be a JSON object, got {type(data).__name__}")
     if data.get("schema_version") != SCHEMA_VERSION:
         raise UserError(f"{source}: schema_version={data.get('schema_version')!r} must be {SCHEMA_VERSION}")
-    operators, collective_source = _operators(data, source)
+    steps_of_ranks: list[ParallelSteps] = []
+    exchanges: list[dict[str, Any]] = []
+    for part, place in parallel:
+        steps, timed = parse_parallel(part, place)
+        steps_of_ranks += steps
+        exchanges += timed
+    operators, collective_source = _operators(data, source, exchanges)
     shapes, steps_us = _steps(data.get("steps"), source)
     return Profile(
         source=source,
@@ -128,6 +146,7 @@ def parse_profile(data: Any, source: str) -> Profile:
         operators=operators,
         steps=shapes,
         steps_us=steps_us,
+        parallel=tuple(steps_of_ranks),
         host=_table(data.get("host"), ("rows", "prefill_chunks"), (), f"{source}: host"),
         provenance={
             name: data.get(name) for name in ("gpu_name", "driver", "versions", "commit", "date", "command")
@@ -136,7 +155,9 @@ def parse_profile(data: Any, source: str) -> Profile:
     )
 
 
-def _operators(data: Mapping[str, Any], source: str) -> tuple[dict[str, Table], str]:
+def _operators(
+    data: Mapping[str, Any], source: str, exchanges: list[dict[str, Any]]
+) -> tuple[dict[str, Table], str]:
     given = data.get("operators")
     if not isinstance(given, dict):
         raise UserError(f"{source}: operators must be an object")
@@ -144,6 +165,8 @@ def _operators(data: Mapping[str, Any], source: str) -> tuple[dict[str, Table], 
     collective_source = source
     if not given.get("collective"):
         given["collective"], collective_source = _shipped_collectives(data)
+    if exchanges:
+        given["collective"] = [*given["collective"], *exchanges]
     tables = {}
     for name, numbers in NUMBERS.items():
         place = f"{source}: operators.{name}"

@@ -9,15 +9,16 @@ nothing to run plans when something comes, and its step starts when the host has
 Fast-forward: while the scheduler says that it would plan the same step again, a run of equal steps (a
 segment) is one event. The plan that ends it is made at the start of its last step; an arrival inside the
 segment moves that forward to the next step's start.
+
+What a replica does at an instant is a *turn*; each turn says which comes next, and when. Where nobody else has
+anything to do until then, it follows at once, without passing through the clock's queue.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Protocol
-
-import numpy as np
-from numpy.typing import NDArray
+from math import inf
+from typing import Any, Protocol
 
 from engine.requests import Request
 from engine.scheduler import Scheduler
@@ -26,8 +27,11 @@ from engine.step import Step, StepShape
 from sim.clock import TURN, Clock
 from sim.loads import LoadQueue
 from sim.observe import Observer
+from sim.segment import DecodeRun, Segment
 
-Floats = NDArray[np.float64]
+# The next turn and its instant; None: an arrival has to come first. (Its turn returns such a pair, too.)
+Turn = Callable[[float], Any]
+Next = tuple[float, Turn] | None
 
 
 class StepTimes(Protocol):
@@ -36,10 +40,10 @@ class StepTimes(Protocol):
     def step_s(self, shape: StepShape) -> float:
         """GPU time of a step."""
 
-    def decode_run_s(self, shape: StepShape, steps: int) -> Floats:
-        """GPU time of each of `steps` decode steps: `shape`, then one more KV token a row each.
+    def decode_run(self, shape: StepShape, steps: int) -> DecodeRun:
+        """GPU time of the next 1 … `steps` decode steps: `shape`, then one more KV token a row each.
 
-        They never fall.
+        As many as lie on a straight line; they never fall.
         """
 
     def host_s(self, shape: StepShape) -> float:
@@ -66,6 +70,7 @@ class Replica:
         loads: LoadQueue | None = None,
         fast_forward: bool = True,
     ) -> None:
+        scheduler.count_pages()
         self.scheduler = scheduler
         self.loads = LoadQueue(costs.load_s) if loads is None else loads
         self.observer = observer
@@ -73,131 +78,127 @@ class Replica:
         self._costs = costs
         self._on_end = on_end
         self._fast_forward = fast_forward
-        self._idle = True  # nothing runs, nothing is planned, no wake-up is due
-        self._wake_version = 0
+        self._idle = True  # nothing runs, nothing is planned
         self._running: Step | None = None
         self._planned: Step | None = None
-        self._gpu_s = np.empty(0)
-        self._starts: Floats | None = (
-            None  # starts of the steps of the running segment, and the end of its last
-        )
-        self._last = 0  # which step of the segment is its last: the next plan is made at its start
-        self._segment_version = 0
+        self._segment: Segment | None = None  # the running one, until the plan at the start of its last step
+        self._turn: Turn = self._start_from_idle  # the one that waits in the clock's queue …
+        self._version = 0  # … under this number; an event with another one is void
 
     def submit(self, request: Request, now_s: float) -> None:
         """Queue a request. Raises RefusedError where it can never run."""
         self.scheduler.add(request)
         if self._idle:
-            self._wake_at(now_s)
-        elif self._starts is not None:
-            self._cut(now_s)
+            self._wait_for(now_s, self._start_from_idle)
+        elif self._segment is not None:
+            self._cut(self._segment, now_s)
+
+    # ---- turns ----
+
+    def _wait_for(self, at_s: float, turn: Turn) -> None:
+        """Let a turn come at an instant, instead of what was to come."""
+        self._turn = turn
+        self._version += 1
+        self._clock.call_at(at_s, TURN, self._resume, self._version)
+
+    def _resume(self, version: int) -> None:
+        if version != self._version:
+            return
+        clock = self._clock
+        following: Next = self._turn(clock.now)
+        while following is not None:
+            at_s, turn = following
+            if not clock.advance_to(at_s):
+                self._wait_for(at_s, turn)
+                return
+            following = turn(at_s)
 
     # ---- nothing runs ----
 
-    def _wake_at(self, at_s: float) -> None:
-        self._wake_version += 1
-        version = self._wake_version
-        self._clock.call_at(at_s, TURN, lambda now_s: self._wake(version, now_s))
-
-    def _wake(self, version: int, now_s: float) -> None:
-        if version == self._wake_version and self._idle:
-            self._start_from_idle(now_s)
-
-    def _start_from_idle(self, now_s: float) -> None:
-        step = self._plan(now_s)
+    def _start_from_idle(self, now_s: float) -> Next:
+        step = self._planned = self._plan(now_s)
         self._idle = step is None
         if step is not None:
-            ready = step
-            self._clock.call_at(
-                now_s + self._costs.host_s(step.shape), TURN, lambda at_s: self._begin(ready, at_s)
-            )
-        elif self.loads.next_end_s < np.inf:
-            self._wake_at(self.loads.next_end_s)
+            return now_s + self._costs.host_s(step.shape), self._begin
+        next_end_s = self.loads.next_end_s
+        return (next_end_s, self._start_from_idle) if next_end_s < inf else None
 
     # ---- steps ----
 
     def _plan(self, now_s: float) -> Step | None:
-        for adapter in self.loads.ended(now_s):
-            self.scheduler.load_finished(adapter, now_s)
-        step = self.scheduler.schedule(now_s)
-        for sequence, reason in self.scheduler.take_refused():
-            self.observer.refused(sequence, reason)
-            self._on_end(sequence)
-        loads = self.scheduler.take_loads()
-        if loads:
-            self.loads.add(loads, now_s)
-        self.observer.planned(self.scheduler, now_s)
+        scheduler = self.scheduler
+        if self.loads.next_end_s <= now_s:
+            for adapter in self.loads.ended(now_s):
+                scheduler.load_finished(adapter, now_s)
+        step = scheduler.schedule(now_s)
+        if scheduler.queue.time_dependent:
+            for sequence, reason in scheduler.take_refused():
+                self.observer.refused(sequence, reason)
+                self._on_end(sequence)
+        if scheduler.loads:
+            self.loads.add(scheduler.take_loads(), now_s)
+        self.observer.planned(scheduler, now_s)
         return step
 
-    def _begin(self, step: Step, now_s: float) -> None:
-        """Start a planned step; its predecessor is complete."""
-        self._running, self._planned = step, None
-        further = self.scheduler.extendable() if self._fast_forward else 0
-        if further > 0 and self.loads.next_end_s > now_s:
-            self._begin_segment(step, further, now_s)
-            return
-        gpu_s = self._costs.step_s(step.shape)
-        duration_s = max(gpu_s, self._costs.host_s(step.shape))
-        self.observer.ran(step.shape, now_s, duration_s, gpu_s)
-        self._clock.call_at(now_s + duration_s, TURN, lambda at_s: self._end(step, at_s))
-        self._planned = self._plan(now_s)
+    def _begin(self, now_s: float) -> Next:
+        """Start the planned step; its predecessor is complete."""
+        step = self._running = self._planned
+        assert step is not None
+        if self._fast_forward and self.scheduler.steady and self.loads.next_end_s > now_s:
+            further = self.scheduler.extendable()
+            if further > 0:
+                return self._begin_segment(step, further, now_s)
+        return self._run_alone(step, self._costs.step_s(step.shape), now_s)
 
-    def _end(self, step: Step, now_s: float) -> None:
+    def _run_alone(self, step: Step, gpu_s: float, now_s: float) -> Next:
+        host_s = self._costs.host_s(step.shape)
+        duration_s = gpu_s if gpu_s > host_s else host_s
+        self.observer.ran(step.shape, now_s, duration_s, gpu_s)
+        self._planned = self._plan(now_s)
+        return now_s + duration_s, self._end
+
+    def _end(self, now_s: float) -> Next:
         """Complete a step, or the segment that it began; start the next one."""
+        step = self._running
+        assert step is not None
         self._running = None
-        self.observer.completed(step, now_s)
+        if step.prefills or step.finishing:
+            self.observer.completed(step, now_s)
         self.scheduler.complete(step)
         for sequence in step.finishing:
             self._on_end(sequence)
-        if self._planned is not None:
-            self._begin(self._planned, now_s)
-        else:
-            self._start_from_idle(now_s)
+        return self._start_from_idle(now_s) if self._planned is None else self._begin(now_s)
 
     # ---- many equal steps ----
 
-    def _begin_segment(self, step: Step, further: int, now_s: float) -> None:
-        self._gpu_s = self._costs.decode_run_s(step.shape, further + 1)
-        starts = np.empty(further + 2)
-        starts[0] = now_s
-        starts[1:] = self._gpu_s
-        host_s = self._costs.host_s(step.shape)
-        if starts[1] < host_s:  # later steps only take longer
-            np.maximum(starts[1:], host_s, out=starts[1:])
-        self._starts = starts.cumsum()
-        self._last = further
-        self._cut(min(self.loads.next_end_s, float(self._starts[further])))
-        if self._last == further:
-            self._schedule_segment_plan()
+    def _begin_segment(self, step: Step, further: int, now_s: float) -> Next:
+        run = self._costs.decode_run(step.shape, further + 1)
+        segment = Segment(run, self._costs.host_s(step.shape), now_s)
+        if segment.last == 0:
+            return self._run_alone(step, run.first_s, now_s)
+        next_end_s = self.loads.next_end_s
+        if next_end_s < segment.start_of(segment.last):
+            segment.last = segment.first_from(next_end_s)
+        self._segment = segment
+        return segment.start_of(segment.last), self._plan_in_segment
 
-    def _cut(self, at_s: float) -> None:
+    def _cut(self, segment: Segment, at_s: float) -> None:
         """Make the first step that starts at or after `at_s` the segment's last, unless it ends earlier
         anyway.
         """
-        assert self._starts is not None
-        last = int(self._starts.searchsorted(at_s, side="left"))
-        if last < self._last:
-            self._last = last
-            self._schedule_segment_plan()
+        last = segment.first_from(at_s)
+        if last < segment.last:
+            segment.last = last
+            self._wait_for(segment.start_of(last), self._plan_in_segment)
 
-    def _schedule_segment_plan(self) -> None:
-        assert self._starts is not None
-        self._segment_version += 1
-        version = self._segment_version
-        self._clock.call_at(
-            float(self._starts[self._last]), TURN, lambda now_s: self._plan_after_segment(version, now_s)
-        )
-
-    def _plan_after_segment(self, version: int, now_s: float) -> None:
+    def _plan_in_segment(self, now_s: float) -> Next:
         """At the start of the segment's last step: catch up with the steps planned alike, and plan the one
         after.
         """
-        if version != self._segment_version or self._starts is None:
-            return
-        step, starts, last = self._running, self._starts, self._last
-        assert step is not None
-        self._starts = None
-        self.scheduler.extend(last)
-        self.observer.ran_segment(step.shape, starts[: last + 2], float(self._gpu_s[: last + 1].sum()))
-        self._clock.call_at(float(starts[last + 1]), TURN, lambda at_s: self._end(step, at_s))
+        step, segment = self._running, self._segment
+        assert step is not None and segment is not None
+        self._segment = None
+        self.scheduler.extend(segment.last)
+        self.observer.ran_segment(step.shape, segment)
         self._planned = self._plan(now_s)
+        return segment.start_of(segment.last + 1), self._end

@@ -16,7 +16,7 @@ from sim.bottleneck import bottleneck, facts_of, utilisation_of
 from sim.clock import Clock
 from sim.cluster import Arrivals, Cluster
 from sim.observe import RequestLog, StepRow
-from sim.replica import StepTimes
+from sim.replica import Replica, StepTimes
 from sim.result import Column, SimResult
 from traces import Trace
 from traces.metrics import Slo, metrics
@@ -54,6 +54,8 @@ def simulate(
     record_steps: bool = False,
     fast_forward: bool = True,
     abort: Callable[[Progress], bool] | None = None,
+    replica: Callable[..., Replica] = Replica,
+    until_s: float | None = None,
 ) -> SimResult:
     """Serve `trace` under `config` at `costs`, until the last request has ended.
 
@@ -61,7 +63,8 @@ def simulate(
     is measured against. plan: the blueprint where the caller has it already; it must be of this config and
     these adapters. seed: of randomness; there is none so far. abort: asked every ABORT_EVERY arrivals; when
     it says true the simulation ends there, with `aborted` set. fast_forward: equal steps in one event; the
-    result is the same without. Raises UserError where the configuration cannot work or an adapter is not
+    result is the same without. replica: what drives a scheduler (`sim.vllm_replica` drives vLLM's). until_s:
+    end the simulation there, whoever is left. Raises UserError where the configuration cannot work or an adapter is not
     given.
     """
     del seed
@@ -69,13 +72,13 @@ def simulate(
     clock = Clock()
     log = RequestLog(len(trace))
     steps: list[StepRow] | None = [] if record_steps else None
-    cluster = Cluster(clock, plan, costs, log, steps=steps, fast_forward=fast_forward)
+    cluster = Cluster(clock, plan, costs, log, steps=steps, fast_forward=fast_forward, replica=replica)
     keys = BlockKeys(config.page_tokens) if config.prefix_caching else None
     Arrivals(clock, cluster, trace, _asker(abort, log), keys)
     try:
-        clock.run()
+        clock.run(until=until_s)
         aborted = False
-        if cluster.num_unfinished:
+        if cluster.num_unfinished and until_s is None:
             raise RuntimeError(f"{cluster.num_unfinished} requests wait for nothing: the scheduler is stuck")
     except _AbortedError:
         aborted = True

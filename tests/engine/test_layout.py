@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from engine.adapter import AdapterSpec, adapters_of_trace, load_adapters
 from engine.errors import UserError
 from engine.layout import ROW_ALIGN_BYTES, adapter_layout, page_geometry, row_counts, row_lengths
-from engine.model_shape import MODULES, ModelShape, load_model_shape
+from engine.model_shape import MODEL_CATALOGUE, MODULES, ROW_PARALLEL, ModelShape, load_model_shape
 from traces.assign import RANK_MIXES
 
 EIGHT_B = load_model_shape("llama-3.1-8b")
@@ -259,3 +259,26 @@ def test_adapters_of_a_trace():
         adapters_of_trace({"c": None}, given_specs)
     with pytest.raises(UserError, match="rank"):
         adapters_of_trace({"c": 300})
+
+
+@pytest.mark.parametrize(
+    ("model", "factor", "ratio"),
+    [
+        ("llama-3.1-8b", 2, 0.8625),
+        ("llama-3.1-70b", 2, 0.870),
+        ("llama-3.1-8b", 4, 1.725),
+        ("llama-3.1-70b", 4, 1.740),
+    ],
+)
+def test_block_diagonal_adapters_have_the_papers_parameters(model, factor, ratio):
+    """Over 8 GPUs, against dense LoRA: a layer has Σ r(in + out/N) for column-parallel and Σ r(in/N + out) for row-parallel linears."""
+    shape, rank, gpus = MODEL_CATALOGUE[model], 16, 8
+    geometry = page_geometry(shape, gpus, 64, 2)
+    blocks = adapter_layout(shape, (factor * rank,) * 7, geometry, tp=gpus, sharding="block_diagonal")
+    dense = adapter_layout(shape, (rank,) * 7, page_geometry(shape, 1, 64, 2))
+    assert gpus * blocks.payload_bytes / dense.payload_bytes == pytest.approx(ratio, abs=1e-3)
+    full = shape.linear_shapes(1)
+    column = sum(full[name][1] + full[name][0] / gpus for name in full if name not in ROW_PARALLEL)
+    row = sum(full[name][1] / gpus + full[name][0] for name in ROW_PARALLEL)
+    expected = factor * rank * (column + row) * shape.num_layers * 2
+    assert gpus * blocks.payload_bytes == pytest.approx(expected)

@@ -186,7 +186,7 @@ def two_alike():
     turn(scheduler)  # prefills take 6 pages
     assert len(scheduler.pool._free) == 1
     assert scheduler.pool.num_kept == 1
-    scheduler._watermark_pages = 0
+    scheduler._admission.watermark_pages = 0
     return scheduler
 
 

@@ -201,10 +201,11 @@ def test_an_adapter_that_no_rank_can_read_fails_its_requests_alone(world, start,
     size = 40 * 2**20
     runner = start(world, ["r8", "gone"], tp=2, lora_sharding="replicated", host_memory_bytes=size)
     (tmp_path / "gone" / "adapter_model.safetensors").unlink()
-    for adapter in list(runner.store.cache):
-        with runner.store._lock:
-            runner.store.cache.remove(adapter)
-            runner.store._release(adapter)
+    own = runner.store.own
+    for adapter in list(own.cache):
+        with own._lock:
+            own.cache.remove(adapter)
+            own._release(adapter)
     engine = Engine(runner.blueprint, runner)
     bad, good = (
         engine.add(

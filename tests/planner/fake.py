@@ -18,6 +18,7 @@ from planner.space import Space
 from planner.workers import Workers
 from planner.workload import Workload
 from sim.result import SimResult, Utilisation
+from sim.segment import DecodeRun
 from traces import Trace, TraceRequest
 from traces.metrics import Slo, metrics
 
@@ -88,8 +89,8 @@ class FakeCosts:
     def load_s(self, num_bytes: int) -> float:
         return 0.0
 
-    def decode_run_s(self, shape: Any, steps: int) -> Any:
-        return np.full(steps, self.second)
+    def decode_run(self, shape: Any, steps: int) -> DecodeRun:
+        return DecodeRun(self.second, 0.0, steps)
 
     def parts_s(self, shape: Any) -> dict[str, float]:
         return {}

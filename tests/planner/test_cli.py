@@ -40,7 +40,7 @@ def files(tmp_path_factory) -> Path:
     (folder / "ranks.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (folder / "unsorted.jsonl").write_text("\n".join(map(json.dumps, reversed(rows))))
     (folder / "others.jsonl").write_text(json.dumps({"name": "other", "rank": 8}) + "\n")
-    blocks = [{"name": f"a{i}", "kind": "bd_lora", "nblocks": 2, "rank": 8} for i in range(5)]
+    blocks = [{"name": f"a{i}", "kind": "dynamic", "rank": 8} for i in range(5)]
     (folder / "blocks.jsonl").write_text("\n".join(map(json.dumps, blocks)))
     (folder / "full").mkdir()
     (folder / "full" / "mine.txt").write_text("precious")
@@ -95,6 +95,10 @@ def test_json_has_the_whole_object(planned) -> None:
         if choice["config"]["tp"] > 1:
             assert choice["predicted"]["ttft_p95_s"]["provenance"] == "extrapolated"
     assert plan["slo"]["ttft_s"] == 0.5 and plan["slo"]["attainment"] == 0.95
+    for item in plan["retraining"]:
+        rates = item["sustainable_rps_a_replica"]
+        assert rates["retrained"] >= 0.97 * rates["now"] > 0  # less to read, and no more to exchange
+    assert {item["change"] for item in plan["retraining"]} >= {"half the rank"}
     assert plan["recommended"]["config"]["replicas"] == 2
     assert plan["fewest_gpus"]["config"]["replicas"] == plan["fewest_gpus"]["config"]["tp"] == 1
 
@@ -215,7 +219,7 @@ def test_a_burst_that_is_over_in_time_is_warned_of(files, capsys) -> None:
         (["--trace", "{}/unsorted.jsonl"], "unsorted.jsonl:2: arrival_s"),
         (["--adapters", "{}/missing.jsonl"], "missing.jsonl"),
         (["--adapters", "{}/others.jsonl"], "adapter 'a0' of the trace"),
-        (["--adapters", "{}/blocks.jsonl"], "'bd_lora' is not supported yet"),
+        (["--adapters", "{}/blocks.jsonl"], "'dynamic' is not supported yet"),
         (["--profile", "{}/missing.json"], "missing.json"),
         (["--profile", "{}/empty.jsonl"], "not JSON"),
         (["--prices", "{}/profile.json"], "usd_per_gpu_hour"),

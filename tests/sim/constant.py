@@ -6,20 +6,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
 from engine.adapter import AdapterSpec
 from engine.blueprint import Blueprint, blueprint
 from engine.config import ServingConfig
 from engine.residency import AdapterFootprint
 from engine.step import StepShape
-from sim.observe import decode_ahead
+from sim.segment import DecodeRun
 from traces import Trace, TraceRequest
 
 
 @dataclass(frozen=True)
 class ConstantCosts:
-    """step = `step` + `token` · tokens + `kv` · decode KV tokens; a load takes `load` + bytes · `byte`."""
+    """step = `step` + `token` · tokens + `kv` · decode KV tokens; a load takes `load` + bytes · `byte`.
+
+    straight: so many steps ahead are priced at once.
+    """
 
     step: float = 1.0
     token: float = 0.0
@@ -27,12 +28,13 @@ class ConstantCosts:
     host: float = 0.0
     load: float = 0.0
     byte: float = 0.0
+    straight: int = 10**9
 
     def step_s(self, shape: StepShape) -> float:
         return self.step + self.token * shape.tokens + self.kv * shape.decode_kv_tokens
 
-    def decode_run_s(self, shape: StepShape, steps: int) -> Any:
-        return np.array([self.step_s(decode_ahead(shape, ahead)) for ahead in range(steps)])
+    def decode_run(self, shape: StepShape, steps: int) -> DecodeRun:
+        return DecodeRun(self.step_s(shape), self.kv * shape.decode_rows, min(steps, self.straight))
 
     def host_s(self, shape: StepShape) -> float:
         return self.host

@@ -83,8 +83,14 @@ def knotted_profile():
 def test_a_run_of_decode_steps_costs_what_its_steps_cost(profile, steps):
     costs = fit_costs(profile)
     for shape in (synthetic.shape(rows=37, kv=100, adapters=20), synthetic.shape(rows=200, kv=20)):
-        one_by_one = [costs.step_s(decode_ahead(shape, ahead)) for ahead in range(steps)]
-        np.testing.assert_allclose(costs.decode_run_s(shape, steps), one_by_one, rtol=0, atol=1e-15)
+        done = 0
+        while done < steps:  # stretch by stretch
+            run = costs.decode_run(decode_ahead(shape, done), steps - done)
+            assert 1 <= run.steps <= steps - done
+            one_by_one = [costs.step_s(decode_ahead(shape, done + ahead)) for ahead in range(run.steps)]
+            together = run.first_s + run.slope_s * np.arange(run.steps)
+            np.testing.assert_allclose(together, one_by_one, rtol=0, atol=1e-15)
+            done += run.steps
 
 
 sizes = st.integers(0, 10**6)
@@ -177,9 +183,8 @@ def test_more_gpus_split_the_work_and_pay_for_collectives():
     assert [parts["matmul"] for parts in by_tp] == sorted((parts["matmul"] for parts in by_tp), reverse=True)
     assert [parts["collectives"] for parts in by_tp] == sorted(parts["collectives"] for parts in by_tp)
     assert by_tp[0]["collectives"] == 0
-    # Two all-reduces a layer and one more, of 64 tokens × 8 KiB = 512 KiB between 2 GPUs: 12.4 to 17.8 µs
-    # each.
-    assert 65 * 12.4e-6 < by_tp[1]["collectives"] < 66 * 17.8e-6
+    # Two all-reduces a layer and one more, of 64 tokens × 8 KiB = 512 KiB between 2 GPUs: 12.4 to 17.8 µs each. And the logits of 64 rows, 8 MB.
+    assert 65 * 12.4e-6 + 35.7e-6 < by_tp[1]["collectives"] < 65 * 17.8e-6 + 77.9e-6
 
 
 def test_another_model_scales_with_its_bytes():
@@ -230,5 +235,18 @@ def test_missing_and_broken_profiles_are_told(tmp_path):
     (tmp_path / "bad.json").write_text("{")
     with pytest.raises(UserError, match="not JSON"):
         load_profile(tmp_path / "bad.json")
-    with pytest.raises(UserError, match="no profile of gpu 'b300'"):
+    with pytest.raises(UserError, match="gpu 'b300' is not known"):
         find_profile(ServingConfig(gpu="b300"))
+
+
+def test_another_gpu_scales_with_its_specification():
+    shape = synthetic.shape(rows=1, kv=100)
+    config = ServingConfig(gpu="a100-80")
+    assert find_profile(config).name == "llama-3.1-8b.h200.json"
+    slower = costs_for(PROFILE, config)
+    ratio = slower.step_s(shape) / COSTS.step_s(shape)
+    assert 0.9 * 4.8 / 2.039 < ratio < 4.8 / 2.039  # one row: memory's bandwidth, but for latencies
+    prompt = synthetic.shape(prefill=2000, chunks=1)
+    assert slower.step_s(prompt) / COSTS.step_s(prompt) > ratio  # operations, of which it does fewer
+    assert slower.load_s(10**8) == pytest.approx(2 * COSTS.load_s(10**8), rel=0.02)  # PCIe 4 against 5
+    assert slower.provenance(SHAPES[0]) == "extrapolated"

@@ -1,13 +1,21 @@
 """A replica's timeline, to the instant, on cases computed by hand; and what holds on any."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.config import ServingConfig
 from engine.residency import AdapterFootprint
+from sim.costs import fit_costs
+from sim.profile import parse_profile
 from sim.simulate import Progress, simulate
+from tests.sim import synthetic
 from tests.sim.constant import ConstantCosts, small_plan, trace_of
+from traces.assign import Assignment, assign
+from traces.synth import S_LORA, synthesize
 
 ADAPTERS = ("a0", "a1", "a2", "a3")
 
@@ -190,14 +198,19 @@ def trace_with_gaps(workload):
             ConstantCosts(host=0.3),
             ConstantCosts(step=0.1, kv=0.01, token=0.003, host=0.25, load=0.7, byte=0.05),
             ConstantCosts(step=0.5, kv=0.003, host=0.1, load=6.0, byte=0.1),
+            ConstantCosts(step=0.5, kv=0.003, host=0.1, load=6.0, byte=0.1, straight=3),
+            ConstantCosts(step=0.1, kv=0.01, token=0.003, host=0.375, load=0.7, straight=5),
         ]
     ),
+    policy=st.sampled_from(["fcfs", "fcfs", "clustered", "fair"]),
+    eviction=st.sampled_from(["lru", "gdsf"]),
 )
 def test_fast_forward_changes_nothing_and_every_request_ends_or_is_refused(
-    workload, pages, page_tokens, budget, cap, replicas, costs
+    workload, pages, page_tokens, budget, cap, replicas, costs, policy, eviction
 ):
     trace = trace_with_gaps(workload)
     changes = {"page_tokens": page_tokens, "max_num_batched_tokens": budget, "max_adapters_per_step": cap}
+    changes |= {"scheduler": policy, "adapter_eviction": eviction}
     fast, slow = (
         run(
             trace,
@@ -219,6 +232,31 @@ def test_fast_forward_changes_nothing_and_every_request_ends_or_is_refused(
     _check_conservation(fast, len(trace))
     again = run(trace, small_plan(pages, FOOTPRINTS, replicas=replicas, **changes), costs)
     assert again.columns["finish_s"].tobytes() == fast.columns["finish_s"].tobytes()
+
+
+@pytest.mark.parametrize("rate_rps", [5.0, 30.0, 80.0])
+def test_fast_forward_changes_nothing_under_fitted_costs(rate_rps):
+    """Broken lines, two limits and the host's turn: segments end at all of them."""
+    data = synthetic.profile_json(tps=(1,))
+    for row in data["operators"]["attention_decode"]:
+        row["us"] = 5 + max(0.3 * row["rows"], 0.001 * row["kv_tokens"])
+    costs = fit_costs(parse_profile(data, "two limits"))
+    trace = synthesize(replace(S_LORA, rate_rps=rate_rps), 250, seed=3)
+    trace = assign(trace, Assignment(rule="R1-slora", adapters=40, rank_mix=(8, 16, 64), seed=0))
+    config = ServingConfig(num_pages=6000)
+    fast, slow = (
+        simulate(trace, config, costs, record_steps=True, fast_forward=fast_forward)
+        for fast_forward in (True, False)
+    )
+    for name in ("scheduled_s", "first_token_s", "finish_s", "load_wait_s"):
+        np.testing.assert_allclose(fast.columns[name], slow.columns[name], rtol=0, atol=1e-9)
+    assert [row.shape for row in fast.steps] == [row.shape for row in slow.steps]
+    for name in ("start_s", "duration_s"):
+        times_s = [[getattr(row, name) for row in result.steps] for result in (fast, slow)]
+        np.testing.assert_allclose(times_s[0], times_s[1], rtol=0, atol=1e-9)
+    for name in ("step_share", "gpu_share", "batch_mean", "link_share"):
+        assert getattr(fast.utilisation, name) == pytest.approx(getattr(slow.utilisation, name), rel=1e-9)
+    assert fast.facts == pytest.approx(slow.facts)
 
 
 def _check_conservation(result, count):
