@@ -13,13 +13,20 @@ import typer
 from engine.adapter import load_adapters
 from engine.config import ServingConfig
 from engine.errors import UserError
+from engine.json_files import read_json
+from sim import calibrate_command as calibration
 from sim import validate as validation
+from sim import vllm_micro, vllm_micro_v0
 from sim.bench import bench
 from sim.costs import StepCosts, costs_for, fit_costs
 from sim.profile import find_profile, load_profile
 from sim.result import plain
 from sim.simulate import simulate
 from sim.tables import bench_lines, fit_lines, result_lines, validation_lines
+from sim.vllm_predict import run_vllm
+from sim.vllm_profile import find_vllm_profile, is_vllm_profile, load_vllm_profile
+from sim.vllm_runs_v0 import validate_v0
+from sim.vllm_validate import is_vllm_folder, tell_progress, validate_vllm, vllm_lines
 from traces import TraceError, load
 from traces.command_line import run_app
 
@@ -54,19 +61,28 @@ def run(
     """Simulate one configuration on a trace."""
     serving = ServingConfig.load(config)
     given = None if adapters is None else load_adapters(adapters)
-    result = simulate(
-        load(trace, raw_arrivals=raw_arrivals), serving, _costs(profile)(serving), adapters=given, seed=seed
-    )
+    requests = load(trace, raw_arrivals=raw_arrivals)
+    if profile is not None and is_vllm_profile(read_json(profile)):
+        result = run_vllm(load_vllm_profile(profile), serving, requests, given)
+    else:
+        result = simulate(requests, serving, _costs(profile)(serving), adapters=given, seed=seed)
     _print(form, result.to_json(), lambda: result_lines(result))
 
 
 @app.command()
 def validate(
-    runs: Annotated[Path, typer.Option(help="Folder of run records.")] = validation.RUNS,
+    runs: Annotated[
+        Path, typer.Option(help="Folder of run records, or of others' vLLM runs (runs.jsonl).")
+    ] = validation.RUNS,
     profile: ProfileFile = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes for vLLM runs; else all cores.")] = None,
     form: Format = "table",
 ) -> None:
     """Simulate every recorded run and compare: predicted against measured."""
+    if is_vllm_folder(runs) or runs.name == vllm_micro_v0.RUNS_FILE:
+        vllm = vllm_outcome(runs, profile, workers)
+        _print(form, vllm, lambda: vllm_lines(vllm))
+        return
     outcome = validation.validate(runs, _costs(profile))
     _print(form, outcome, lambda: validation_lines(outcome))
 
@@ -96,6 +112,71 @@ def fit(profile: ProfileFile = None, form: Format = "table") -> None:
     _print(form, {"rows": rows}, lambda: fit_lines(report))
 
 
+@app.command()
+def calibrate(
+    folder: Annotated[Path | None, typer.Argument(help="Folder of measurements, with --from.")] = None,
+    source: Annotated[
+        Literal["vllm-measurements"] | None,
+        typer.Option("--from", help="Kind of measurements in the folder: those of others' vLLM."),
+    ] = None,
+    endpoint: Annotated[
+        str | None, typer.Option(help="URL of a running OpenAI-compatible server to measure instead.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Profile to write.")] = None,
+    minutes: Annotated[float, typer.Option(help="Budget of measuring a server.")] = 10.0,
+    model: Annotated[str, typer.Option(help="Shape of the served model.")] = "llama-3.1-8b",
+    base: Annotated[str | None, typer.Option(help="Served name of the base model; else the first.")] = None,
+    adapters: Annotated[str, typer.Option(help="Served names of adapters; else all but the base.")] = "",
+    gpu: Annotated[str, typer.Option(help="Name to give the server's GPU.")] = "unknown",
+    gpu_memory_gib: Annotated[float, typer.Option(help="Memory of that GPU.")] = 80.0,
+    gpu_memory_utilization: Annotated[float, typer.Option(help="The server's flag.")] = 0.9,
+    max_loras: Annotated[int, typer.Option(min=0, help="The server's flag; 0: LoRA is off.")] = 0,
+    max_lora_rank: Annotated[int, typer.Option(min=1, help="The server's flag.")] = 8,
+    max_num_seqs: Annotated[int, typer.Option(min=1, help="Largest batch to measure.")] = 256,
+    max_model_len: Annotated[int, typer.Option(min=64, help="The server's flag: no longer prompts.")] = 2048,
+    kv_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of KV cache, as the server's log says.")
+    ] = None,
+    profile: Annotated[
+        Path | None, typer.Option(help="vLLM profile that gives the shape of the cost; else a shipped one.")
+    ] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY", help="Key of the server.")] = None,
+    form: Format = "table",
+) -> None:
+    """Fit the profile of a vLLM server: to measurements in a folder, or by measuring one that runs."""
+    if (source is None) == (endpoint is None):
+        raise UserError("calibrate: give either --from vllm-measurements DIR or --endpoint URL")
+    if source is not None:
+        if folder is None:
+            raise UserError("calibrate: --from vllm-measurements needs a folder")
+        fitted = calibration.from_measurements(folder, model)
+    else:
+        assert endpoint is not None
+        fitted = calibration.from_endpoint(
+            calibration.EndpointOptions(
+                url=endpoint,
+                model=model,
+                gpu=gpu,
+                gpu_gib=gpu_memory_gib,
+                utilization=gpu_memory_utilization,
+                max_loras=max_loras,
+                max_lora_rank=max_lora_rank,
+                max_num_seqs=max_num_seqs,
+                max_model_len=max_model_len,
+                minutes=minutes,
+                base=base,
+                adapters=tuple(name for name in adapters.split(",") if name),
+                kv_tokens=kv_tokens,
+                start=profile,
+                api_key=api_key,
+            ),
+            calibration.to_stderr,
+        )
+    if out is not None:
+        fitted.save(out)
+    _print(form, fitted.to_json(), lambda: calibration.profile_lines(fitted))
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code: 0, 2 for bad input or usage, 130 if interrupted."""
     return run_app(app, program=PROGRAM, arguments=arguments, user_errors=(UserError, TraceError))
@@ -109,6 +190,15 @@ def _costs(profile: Path | None) -> Callable[[ServingConfig], StepCosts]:
         return costs_for(given or load_profile(find_profile(config)), config)
 
     return price
+
+
+def vllm_outcome(runs: Path, profile: Path | None, workers: int | None) -> dict[str, Any]:
+    """Predict the runs of others' vLLM: those of a folder, or the file of the older engine's."""
+    if runs.name == vllm_micro_v0.RUNS_FILE:
+        old = load_vllm_profile(profile) if profile else vllm_micro_v0.fit_micro_v0(runs.parent)
+        return validate_v0(runs, old, workers=workers, progress=tell_progress)
+    path = profile or find_vllm_profile(vllm_micro.MODEL)
+    return validate_vllm(runs, load_vllm_profile(path), workers=workers, progress=tell_progress)
 
 
 def _print(form: str, value: dict[str, Any], lines: Callable[[], Iterable[str]]) -> None:
