@@ -1,4 +1,4 @@
-"""Commands of the engine: `python -m engine serve | profile | replay | bench`."""
+"""Commands of the engine: `python -m engine serve | profile | replay | bench | make-dynamic`."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from typing import Annotated, Any
 
 import typer
 
+from engine import torchrun
 from engine.adapter import AdapterSpec, adapters_of_trace, load_adapters
 from engine.config import ServingConfig
 from engine.errors import UserError
+from engine.make_dynamic import make_dynamic
 from traces import TraceError, load
 from traces.command_line import run_app
 from traces.files import check_writable
@@ -22,6 +24,9 @@ app = typer.Typer(
     no_args_is_help=True,
     help="The multi-LoRA engine: measure it, or serve a trace with it.",
 )
+
+
+app.command()(make_dynamic)
 
 
 def _tell(message: str) -> None:
@@ -347,7 +352,17 @@ def _adapters(path: Path | None, asked: list[dict[str, int | None]]) -> dict[str
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code: 0, 2 for bad input or usage, 130 if interrupted."""
-    return run_app(app, program="python -m engine", arguments=arguments, user_errors=(UserError, TraceError))
+    here = torchrun.world()
+    if here is not None and here.rank > 0:
+        torchrun.join(here)  # the first rank runs the command
+        return 0
+    try:
+        return run_app(
+            app, program="python -m engine", arguments=arguments, user_errors=(UserError, TraceError)
+        )
+    finally:
+        if here is not None:
+            torchrun.dismiss(here)
 
 
 if __name__ == "__main__":

@@ -7,12 +7,15 @@ from pathlib import Path
 
 import torch
 
+from engine import torchrun
 from engine.adapter import AdapterSpec
 from engine.blueprint import Blueprint, blueprint
 from engine.communicator import Communicator
 from engine.config import ServingConfig
 from engine.errors import UserError
 from engine.followers import Followers, FollowerTask, free_port
+from engine.group_store import GroupStore
+from engine.host_store import HostStore
 from engine.model_shape import ModelShape
 from engine.runner import DTYPES, Runner
 from engine.weights import load_weights, random_weights
@@ -47,6 +50,9 @@ def build_runner(
     register: pack all adapters into host memory; the profiler does without. shape: of a model that `config.model` only names.
     Raises UserError when something does not fit.
     """
+    here = torchrun.world()
+    if here is not None:
+        here.check(config)
     blueprint(
         config, adapters, shape
     )  # what is wrong with the configuration itself is said before processes start
@@ -58,11 +64,11 @@ def build_runner(
         config=config,
         adapters=adapters,
         seed=seed,
-        address=f"tcp://127.0.0.1:{free_port()}",
+        address="env://" if here is not None else f"tcp://127.0.0.1:{free_port()}",
         register=register,
         shape=shape,
     )
-    followers = Followers.start(task)
+    followers = Followers.start(task) if here is None else torchrun.gather(here, task)
     try:
         communicator = Communicator.join(0, config.tp, task.address, device)
         runner = _build(config, adapters, device, seed, progress, register, shape, communicator, followers)
@@ -70,6 +76,8 @@ def build_runner(
     except BaseException:
         followers.close()
         raise
+    assert isinstance(runner.store, HostStore)
+    runner.store = GroupStore(runner.store, followers)
     return runner
 
 

@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.blueprint import Blueprint
-from engine.host_store import PreparedAdapter
+from engine.group_store import GroupStore
+from engine.host_store import HostStore, PreparedAdapter
 from engine.prefix_keys import keys_of_tokens
 from engine.requests import Request
 from engine.runner import InFlight, Runner
@@ -121,6 +122,11 @@ class Engine:
 
     # ---- adapters ----
 
+    @property
+    def store(self) -> HostStore | GroupStore:
+        """Where adapters are prepared."""
+        return self.runner.store
+
     def register(self, name: str, prepared: PreparedAdapter) -> None:
         """Let requests name an adapter. Raises ValueError where the name is taken."""
         self._forget_adapters()
@@ -172,6 +178,10 @@ class Engine:
         while self.busy:
             if not self.turn():
                 time.sleep(20e-6)  # an adapter is on its way
+
+    def close(self) -> None:
+        """End the other ranks, where there are any."""
+        self.runner.close()
 
     def reset(self, error: str) -> None:
         """Start anew after a failure: every generation ends with `error`, and all pages are free. Registered adapters stay."""

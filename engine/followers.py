@@ -1,7 +1,8 @@
 """The other ranks of a tensor-parallel replica: processes that do what the first one's engine says.
 
 Rank 0 has the scheduler. It tells the others each step's metadata and each load by a pipe, before it does the same itself; page tables and pages are
-identical everywhere, only the weights differ. Tokens are sampled on every rank alike, so nothing comes back but how loads ended.
+identical everywhere, only the weights differ. Tokens are sampled on every rank alike, so nothing comes back but how loads ended, and what became of
+adapters that were to be registered (engine/group_store.py).
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,14 +25,19 @@ from engine.adapter import AdapterSpec
 from engine.adapter_loader import AdapterLoader
 from engine.config import ServingConfig
 from engine.errors import UserError
+from engine.group_store import StoreServant
 from engine.model_shape import ModelShape
-from engine.processes import end_with_parent, stop
+from engine.processes import Sender, end_with_parent, stop_at_exit
+from engine.questions import Questions
 from engine.step import Load
 
 if TYPE_CHECKING:
     from engine.runner import GraphKey, Runner
 
 START_TIMEOUT_S = 900.0
+RESET_TIMEOUT_S = 150.0  # more than a collective that has lost a rank takes to say so
+SEND_TIMEOUT_S = 1.0
+LAST_WORD_S = 2.0
 POLL_S = 100e-6  # while a load is under way
 
 
@@ -53,12 +59,29 @@ class FollowerTask:
 
 
 class Followers:
-    """Ranks 1 … tp − 1, by their pipes in this order. processes: those that rank 0 started, to be watched and ended by it."""
+    """Ranks 1 … tp − 1, by their pipes in this order. Steps, loads and resets are one thread's to tell; the rest is for any.
 
-    def __init__(self, pipes: Sequence[Connection], processes: Sequence[BaseProcess] = ()) -> None:
-        self._closing = False
+    processes: those that rank 0 started, to be watched and ended by it. end_on_loss: end this process when a rank is gone, as with `processes`.
+    What the others say is read by a thread, from the first thing on that they are told.
+    """
+
+    def __init__(
+        self, pipes: Sequence[Connection], processes: Sequence[BaseProcess] = (), *, end_on_loss: bool = False
+    ) -> None:
+        self.questions = Questions()
         self._pipes = list(pipes)
         self._processes = list(processes)
+        self._end_on_loss = end_on_loss
+        self._closing = threading.Event()
+        self._sending = threading.Lock()  # held over all pipes, so that all hear the same order
+        self._news = threading.Condition()  # of the four below, which the reader changes
+        self._ready: set[int] = set()
+        self._resets = 0
+        self._ended: list[tuple[str, str | None]] = []
+        self._failure: Exception | None = None
+        self._reader: threading.Thread | None = None
+        self._reader_ends, self._end_reader = multiprocessing.Pipe(duplex=False)
+        self._stop = stop_at_exit(self._pipes, self._processes)
         if processes:
             threading.Thread(target=self._watch, daemon=True, name="rank-watch").start()
 
@@ -79,11 +102,10 @@ class Followers:
         return cls(pipes, processes)
 
     def await_ready(self) -> None:
-        """Wait until every rank is built. Raises RankError where one cannot be."""
-        for rank, pipe in enumerate(self._pipes, start=1):
-            if not pipe.poll(START_TIMEOUT_S):
-                raise RankError(f"rank {rank} is not ready after {START_TIMEOUT_S:.0f} s")
-            self._receive(rank, pipe)
+        """Wait until every rank is built. Raises UserError or RankError where one cannot be."""
+        self._listen()
+        wanted = set(range(1, len(self._pipes) + 1))
+        self._await(lambda: self._ready == wanted, START_TIMEOUT_S, "ready")
 
     def step(self, key: GraphKey, metadata: NDArray[np.int32], updates: NDArray[np.int32]) -> None:
         """Tell a step: its graph, its metadata, and the page table's changes [2, n]."""
@@ -94,55 +116,134 @@ class Followers:
         self._tell(("load", load))
 
     def reset(self) -> None:
-        """Tell to forget what runs."""
+        """Tell to forget what runs, and wait until that is done."""
+        with self._news:
+            self._resets = 0
         self._tell(("reset",))
-        for rank, pipe in enumerate(self._pipes, start=1):
-            while self._receive(rank, pipe)[0] != "reset":
-                pass
+        self._await(lambda: self._resets == len(self._pipes), RESET_TIMEOUT_S, "free of its steps")
+        with self._news:
+            self._ended.clear()  # of loads that the reset forgot
 
     def ended_loads(self) -> list[tuple[str, str | None]]:
         """Return (adapter, reason of failure or None) of each rank's loads that ended since the last call."""
-        ended = []
-        for rank, pipe in enumerate(self._pipes, start=1):
-            while pipe.poll():
-                kind, *rest = self._receive(rank, pipe)
-                assert kind == "load"
-                ended.append((rest[0], rest[1]))
+        with self._news:
+            self._check()
+            ended, self._ended = self._ended, []
         return ended
+
+    def ask(self, kind: str, *rest: Any) -> int:
+        """Put a question to all ranks, with its number in front; `questions` knows the answers."""
+        number = self.questions.ask(range(1, len(self._pipes) + 1))
+        self._tell((kind, number, *rest))
+        return number
+
+    def tell_store(self, kind: str, *rest: Any) -> None:
+        """Tell the ranks' stores something that they do at once."""
+        self._tell((kind, *rest))
 
     def close(self) -> None:
         """End the processes."""
-        self._closing = True
-        stop(self._pipes, self._processes)
+        self._closing.set()
+        if self._sending.acquire(
+            timeout=SEND_TIMEOUT_S
+        ):  # else somebody is stuck in it, and what is sent will not be read
+            self._sending.release()
+        self._stop()
+        self.questions.fail(RankError("the ranks are stopped"))
+        if self._reader is not None:
+            self._end_reader.send(None)
+            self._reader.join()
+
+    # ---- what goes out ----
 
     def _tell(self, message: tuple[Any, ...]) -> None:
-        for rank, pipe in enumerate(self._pipes, start=1):
-            try:
-                pipe.send(message)
-            except OSError:
-                raise RankError(f"rank {rank} is gone") from None
+        with self._sending:
+            self._listen()
+            self._check()
+            for rank, pipe in enumerate(self._pipes, start=1):
+                try:
+                    pipe.send(message)
+                except OSError:
+                    raise RankError(f"rank {rank} is gone") from None
 
-    def _receive(self, rank: int, pipe: Connection) -> tuple[Any, ...]:
-        try:
-            message: tuple[Any, ...] = pipe.recv()
-        except EOFError:
-            raise RankError(f"rank {rank} is gone") from None
-        if message[0] == "user_error":
-            raise UserError(f"rank {rank}: {message[1]}")
-        if message[0] == "error":
-            raise RankError(f"rank {rank}: {message[1]}")
-        return message
+    def _check(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    def _await(self, is_so: Callable[[], bool], timeout_s: float, what: str) -> None:
+        """Wait until the reader heard that something is so. Raises RankError where it is not in time, or a rank fails."""
+        with self._news:
+            over = self._news.wait_for(lambda: self._failure is not None or is_so(), timeout_s)
+            self._check()
+        if not over:
+            raise RankError(f"a rank is not {what} after {timeout_s:.0f} s")
+
+    # ---- what comes in ----
+
+    def _listen(self) -> None:
+        if self._reader is None:
+            self._reader = threading.Thread(target=self._read, daemon=True, name="rank-reader")
+            self._reader.start()
+
+    def _read(self) -> None:
+        ranks = {pipe: rank for rank, pipe in enumerate(self._pipes, start=1)}
+        while ranks:
+            for pipe in cast(list[Connection], wait([*ranks, self._reader_ends])):
+                if pipe is self._reader_ends:
+                    return
+                try:
+                    self._hear(ranks[pipe], *pipe.recv())
+                except (EOFError, OSError):
+                    self._lose(ranks.pop(pipe))
+
+    def _hear(self, rank: int, kind: str, *rest: Any) -> None:
+        if kind == "answer":
+            self.questions.answer(rest[0], rank, rest[1])
+        elif kind in ("user_error", "error"):
+            make = UserError if kind == "user_error" else RankError
+            self._fail(make(f"rank {rank}: {rest[0]}"))
+        else:
+            with self._news:
+                if kind == "ready":
+                    self._ready.add(rank)
+                elif kind == "reset":
+                    self._resets += 1
+                else:
+                    assert kind == "load", kind
+                    self._ended.append((rest[0], rest[1]))
+                self._news.notify_all()
+
+    def _lose(self, rank: int) -> None:
+        if self._closing.is_set():
+            return
+        self._fail(RankError(f"rank {rank} is gone"))
+        if self._end_on_loss:
+            self._end_this_process(f"rank {rank} is gone")
+
+    def _fail(self, error: Exception) -> None:
+        """Let everybody who waits for the ranks, now or later, get this error; the first one counts."""
+        with self._news:
+            self._failure = self._failure or error
+            self._news.notify_all()
+        self.questions.fail(error)
 
     def _watch(self) -> None:
-        """End this process when a rank dies: a collective with it would never return."""
+        """End this process when a rank's dies."""
         sentinels = {process.sentinel: process for process in self._processes}
         for sentinel in wait(list(sentinels)):
             process = sentinels[sentinel]  # type: ignore[index]
             process.join()
-            if not self._closing:
-                text = f"error: {process.name} died with exit code {process.exitcode}\n"
-                os.write(sys.stderr.fileno(), text.encode())  # not print: the main thread may hold its lock
-                os._exit(1)
+            if not self._closing.is_set():
+                self._end_this_process(f"{process.name} died with exit code {process.exitcode}")
+
+    def _end_this_process(self, what: str) -> None:
+        """End this process, as a collective with a rank that is gone would never return. What the rank said last is told, if it did."""
+        told = self._failure if isinstance(self._failure, UserError) else None
+        if told is not None and self._closing.wait(LAST_WORD_S):
+            return  # whoever waited for the rank has been told, and tells the user
+        text = f"error: {told or what}\n"
+        os.write(sys.stderr.fileno(), text.encode())  # not print: the main thread may hold its lock
+        os._exit(2 if told else 1)
 
 
 class GroupLoader:
@@ -234,6 +335,8 @@ def follow(task: FollowerTask, pipe: Connection) -> None:
 
 def serve_rank(runner: Runner, pipe: Connection) -> None:
     """Do what rank 0 says until it says stop."""
+    tell = Sender(pipe)
+    servant = StoreServant(runner.store, tell)
     while True:
         loading = runner.loader.num_loading > 0
         if not loading or pipe.poll(POLL_S):
@@ -244,13 +347,15 @@ def serve_rank(runner: Runner, pipe: Connection) -> None:
                 runner.follow(*rest)
             elif kind == "load":
                 runner.start_load(rest[0])
-            else:
+            elif kind == "reset":
                 runner.reset()
-                pipe.send(("reset",))
+                tell(("reset",))
+            else:
+                servant.obey(kind, *rest)
         for name in runner.loader.finished():
-            pipe.send(("load", name, None))
+            tell(("load", name, None))
         for name, reason in runner.loader.failed():
-            pipe.send(("load", name, reason))
+            tell(("load", name, reason))
 
 
 def free_port() -> int:

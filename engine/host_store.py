@@ -263,7 +263,8 @@ class HostStore:
                 pages = min(max(short, least_bytes // page_bytes), slab_pages)
                 if most is not None:
                     pages = min(pages, most // page_bytes - self._pages.num_pages)
-                slab = new_slab(pages, self._blueprint.geometry.page_elems, self._dtype, self._device)
+                with self._on_stream():  # a thread begins with the first GPU, which is another rank's
+                    slab = new_slab(pages, self._blueprint.geometry.page_elems, self._dtype, self._device)
                 with self._lock:
                     self._pages.add(slab)
 

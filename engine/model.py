@@ -178,7 +178,9 @@ class Model:
         """Add to y, in place, what each row's adapter's B makes of the bridge, for one group of linears."""
         launch, views, buffers = batch.layout.lora[group], batch.views, self.buffers
         slora = self.parallel is not None and self.parallel.slora
-        if self.parallel is not None and slora and group in ROW_GROUPS:  # B gives this rank's columns of the sum
+        if (
+            self.parallel is not None and slora and group in ROW_GROUPS
+        ):  # B gives this rank's columns of the sum
             (width,) = self.widths[group]
             y = y[:, self.parallel.rank * width : (self.parallel.rank + 1) * width]
         self.ops.lora_expand_(

@@ -17,7 +17,8 @@ from engine.config import ServingConfig
 from engine.engine import Engine
 from engine.provenance import provenance
 from engine.replay import Served, replay, replay_on_replicas, requests_frame, steps_frame
-from engine.replicas import ReplicaReport, Replicas
+from engine.replica_process import ReplicaReport
+from engine.replicas import Replicas
 from traces import Trace
 from traces.metrics import metrics
 from traces.run_record import RunRecord, write_run

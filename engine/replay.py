@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from engine.blueprint import Blueprint
 from engine.engine import Engine, Generation, StepRecord
 from engine.prefix_keys import keys_of_tokens, tokens_of_blocks
-from engine.replicas import Replicas, Timeline, timeline_of
+from engine.replica_process import Timeline, timeline_of
+from engine.replicas import Replicas
 from engine.requests import Request
 from engine.scheduler import RefusedError
 from traces import Trace, TraceRequest

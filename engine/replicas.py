@@ -1,249 +1,241 @@
-"""Replicas of a configuration: processes with an engine each, behind the router.
+"""Replicas of a configuration: processes with an engine each (engine/replica_process.py), behind the router.
 
 The first process routes requests and collects what became of them. A replica that dies is routed around: its unfinished requests go to the others.
 """
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
-import os
-import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import queue
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
-from typing import TYPE_CHECKING, Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from engine import torchrun
 from engine.adapter import AdapterSpec
 from engine.config import ServingConfig
 from engine.errors import UserError
-from engine.processes import end_with_parent, stop
+from engine.placement import places_of
+from engine.processes import Sender, stop_at_exit
+from engine.questions import Questions
+from engine.replica_process import ReplicaReport, ReplicaTask, Timeline, serve_replica
 from engine.requests import Request
 from engine.router import Router
 
-if TYPE_CHECKING:
-    from engine.engine import Engine, Generation, StepRecord
-
 START_TIMEOUT_S = 900.0
-IDLE_S = 0.01
+LOST = "lost"  # the kind of the last message of a replica, which it did not send itself
+
+Message = tuple[Any, ...]
 
 
 class ReplicaError(RuntimeError):
     """No replica is left, or one cannot be built."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Timeline:
-    """What became of a request: instants on the engine's clock, None where it did not come to that. refused: why it never ran, or failed."""
+@dataclass(frozen=True, slots=True)
+class Errand:
+    """A request that was sent to a replica. payload: what goes with it, the prompt first."""
 
-    scheduled_s: float | None = None
-    first_token_s: float | None = None
-    finish_s: float | None = None
-    load_wait_s: float = 0.0
-    preemptions: int = 0
-    found_tokens: int = 0
-    refused: str | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReplicaReport:
-    """What a replica did: its steps, adapter loads, and memory in use on its first GPU."""
-
-    steps: list[StepRecord] = field(default_factory=list)
-    adapter_loads: int = 0
-    memory_used_bytes: int | None = None
-
-
-def timeline_of(generation: Generation) -> Timeline:
-    """Return the timeline of a generation that has ended."""
-    sequence = generation.sequence
-    return Timeline(
-        scheduled_s=sequence.admitted_s,
-        first_token_s=generation.first_token_s,
-        finish_s=generation.finish_s,
-        load_wait_s=sequence.load_wait_s,
-        preemptions=sequence.preemptions,
-        found_tokens=sequence.found_tokens,
-        refused=generation.error,
-    )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Task:
-    config: ServingConfig  # of one replica
-    adapters: Mapping[str, AdapterSpec]
-    seed: int
-    devices: str
+    request: Request
+    payload: tuple[Any, ...]
+    replica: int
 
 
 class Replicas:
-    """The replicas of a configuration. One thread owns it."""
+    """The replicas of a configuration. One thread owns it, but for `ask`, `questions` and `tell_all`, which are for any.
 
-    def __init__(self, config: ServingConfig, adapters: Mapping[str, AdapterSpec], *, seed: int = 0) -> None:
-        self._router = Router(config.router, config.replicas)
-        self._pending: dict[int | str, tuple[int, Request, NDArray[np.int32]]] = {}
-        self._pipes: dict[int, Connection] = {}
-        self._processes: list[BaseProcess] = []
+    serving: they tell tokens as they come, and take adapters (engine/replicated_engine.py reads that); else they tell what ended.
+    on_news: called on a thread of its own when there is something to receive.
+    """
+
+    def __init__(
+        self,
+        config: ServingConfig,
+        adapters: Mapping[str, AdapterSpec],
+        *,
+        seed: int = 0,
+        serving: bool = False,
+    ) -> None:
+        here = torchrun.world()
+        if here is not None:
+            here.check(config)
+        self.questions = Questions()
+        self.on_news: Callable[[], None] = lambda: None
         self.lost: list[int] = []
+        self._router = Router(config.router, config.replicas, places_of(config, adapters))
+        self._errands: dict[int | str, Errand] = {}
+        self._inbox: queue.SimpleQueue[tuple[int, Message]] = queue.SimpleQueue()
+        pipes, self._processes = [], []
         context = multiprocessing.get_context("spawn")
         for index in range(config.replicas):
             ours, theirs = context.Pipe()
-            devices = ",".join(str(index * config.tp + rank) for rank in range(config.tp))
-            task = _Task(
-                config=config.with_changes(replicas=1), adapters=adapters, seed=seed, devices=devices
+            task = ReplicaTask(
+                config=config.with_changes(replicas=1, placement="everywhere"),
+                adapters=adapters,
+                seed=seed,
+                devices=tuple(index * config.tp + rank for rank in range(config.tp)),
+                serving=serving,
             )
             # Not a daemon, which could have no ranks of its own; it ends with its parent all the same.
             process = context.Process(target=serve_replica, args=(task, theirs), name=f"replica-{index}")
             process.start()
             theirs.close()
-            self._pipes[index] = ours
+            pipes.append(ours)
             self._processes.append(process)
+        self._senders = {index: Sender(pipe) for index, pipe in enumerate(pipes)}
+        self._stop = stop_at_exit(pipes, self._processes)
+        reading = threading.Thread(target=self._read, args=(pipes,), daemon=True, name="replica-reader")
+        reading.start()
 
     def await_ready(self) -> None:
         """Wait until all are built. Raises UserError or ReplicaError where one cannot be."""
-        for index, pipe in self._pipes.items():
-            if not pipe.poll(START_TIMEOUT_S):
-                raise ReplicaError(f"replica {index} is not ready after {START_TIMEOUT_S:.0f} s")
+        waiting = set(self._senders)
+        while waiting:
             try:
-                kind, *rest = pipe.recv()
-            except EOFError:
-                raise ReplicaError(f"replica {index} died while it was built") from None
+                index, (kind, *rest) = self._inbox.get(timeout=START_TIMEOUT_S)
+            except queue.Empty:
+                raise ReplicaError(
+                    f"replica {min(waiting)} is not ready after {START_TIMEOUT_S:.0f} s"
+                ) from None
             if kind == "user_error":
                 raise UserError(f"replica {index}: {rest[0]}")
+            if kind == LOST:
+                raise ReplicaError(f"replica {index} died while it was built")
+            waiting.discard(index)
+
+    # ---- requests ----
 
     @property
     def num_unfinished(self) -> int:
-        return len(self._pending)
+        """Requests that were sent and have not ended."""
+        return len(self._errands)
+
+    @property
+    def alive(self) -> list[int]:
+        """The replicas that are left."""
+        return [index for index in self._senders if index not in self.lost]
 
     def begin(self, started_s: float) -> None:
         """Start anew, from cold GPUs, with clocks that count from `started_s` of time.perf_counter, which all processes share."""
-        for index in list(self._pipes):
-            self._tell(index, ("begin", started_s))
+        self.tell_all(("begin", started_s))
 
-    def submit(self, request: Request, prompt: NDArray[np.int32]) -> int:
-        """Route a request and send it; return the replica. Raises ReplicaError where none is left."""
+    def submit(self, request: Request, prompt: NDArray[np.int32], *options: Any) -> int:
+        """Route a request and send it, with what else `_Replica.add` takes; return the replica. Raises ReplicaError where none is left."""
+        if not self.alive:
+            raise ReplicaError("no replica is left")
         index = self._router.route(request.adapter, request.prompt_tokens + request.output_tokens)
-        self._pending[request.request_id] = (index, request, prompt)
-        self._tell(index, ("request", request, prompt))
+        self._errands[request.request_id] = Errand(request, (prompt, *options), index)
+        self.tell(index, ("request", request, prompt, *options))
         return index
 
+    def finished(self, request_id: int | str) -> int | None:
+        """Note the end of a request; return the replica that had it, None where it had ended before."""
+        errand = self._errands.pop(request_id, None)
+        if errand is None:
+            return None
+        self._router.finished(errand.replica, errand.request.prompt_tokens + errand.request.output_tokens)
+        return errand.replica
+
+    def replica_of(self, request_id: int | str) -> int | None:
+        """Return which replica has a request, None where it has ended."""
+        errand = self._errands.get(request_id)
+        return None if errand is None else errand.replica
+
     def ended(self, wait_s: float = 0.0) -> list[tuple[int | str, int, Timeline]]:
-        """Return (request id, replica, timeline) of what ended since the last call; wait so long for something at most."""
+        """Return (request id, replica, timeline) of what ended since the last call; wait so long for something at most.
+
+        What a replica that died had not finished goes to the others, from the start. Raises ReplicaError where none is left.
+        """
         found = []
-        for ready in wait(list(self._pipes.values()), wait_s):
-            index = next(i for i, pipe in self._pipes.items() if pipe is ready)
-            try:
-                while self._pipes[index].poll():
-                    _, request_id, timeline = self._pipes[index].recv()
-                    self._forget(request_id)
-                    found.append((request_id, index, timeline))
-            except (EOFError, ConnectionError):
-                self._lose(index)
+        for index, message in self.receive(wait_s):
+            if message[0] == LOST:
+                for errand in self.lose(index):
+                    self.submit(errand.request, *errand.payload)
+            elif self.finished(message[1]) is not None:
+                found.append((message[1], index, message[2]))
         return found
 
     def reports(self) -> dict[int, ReplicaReport]:
         """Return what each replica that is left did since `begin`; nothing may be unfinished."""
         found: dict[int, ReplicaReport] = {}
-        for index in list(self._pipes):
-            self._tell(index, ("report",))
-            found[index] = self._pipes[index].recv()[1]
+        self.tell_all(("report",))
+        while set(found) < set(self.alive):
+            for index, message in self.receive(START_TIMEOUT_S):
+                if message[0] == LOST:
+                    self.lose(index)
+                else:
+                    found[index] = message[1]
+        return {index: found[index] for index in sorted(found)}
+
+    # ---- messages ----
+
+    def tell(self, index: int, message: Message) -> None:
+        """Send a message to a replica; that it is gone is heard from `receive`."""
+        with contextlib.suppress(OSError):
+            self._senders[index](message)
+
+    def tell_all(self, message: Message) -> None:
+        """Send a message to every replica that is left."""
+        for index in self.alive:
+            self.tell(index, message)
+
+    def ask(self, kind: str, *rest: Any) -> int:
+        """Put a question to every replica that is left, with its number in front; `questions` knows the answers."""
+        number = self.questions.ask(self.alive)
+        self.tell_all((kind, number, *rest))
+        return number
+
+    @property
+    def has_news(self) -> bool:
+        """Whether `receive` would return something."""
+        return not self._inbox.empty()
+
+    def receive(self, wait_s: float = 0.0) -> list[tuple[int, Message]]:
+        """Return (replica, message) of all that came, but for answers; wait so long for something at most. (LOST,) is a replica's last."""
+        found = []
+        with contextlib.suppress(queue.Empty):
+            found.append(self._inbox.get(block=wait_s > 0, timeout=wait_s or None))
+            while True:
+                found.append(self._inbox.get_nowait())
         return found
+
+    def lose(self, index: int) -> list[Errand]:
+        """Route around a replica from which LOST came; return what it had not finished. Raises ReplicaError where none is left."""
+        self.lost.append(index)
+        if not self.alive:
+            raise ReplicaError("no replica is left")
+        self._router.remove(index)
+        orphans = [errand for errand in self._errands.values() if errand.replica == index]
+        for errand in orphans:
+            self.finished(errand.request.request_id)
+        return orphans
 
     def close(self) -> None:
         """End the processes."""
-        stop(self._pipes.values(), self._processes)
+        self._stop()
+        self.questions.fail(ReplicaError("the replicas are stopped"))
 
-    def _forget(self, request_id: int | str) -> None:
-        index, request, _ = self._pending.pop(request_id)
-        self._router.finished(index, request.prompt_tokens + request.output_tokens)
+    def _read(self, pipes: list[Connection]) -> None:
+        left = {pipe: index for index, pipe in enumerate(pipes)}
+        while left:
+            for pipe in cast(list[Connection], wait(list(left))):
+                index = left[pipe]
+                try:
+                    self._hear(index, pipe.recv())
+                except (EOFError, OSError):
+                    del left[pipe]
+                    self.questions.lose(index)
+                    self._hear(index, (LOST,))
 
-    def _tell(self, index: int, message: tuple[Any, ...]) -> None:
-        try:
-            self._pipes[index].send(message)
-        except OSError:
-            self._lose(index)
-
-    def _lose(self, index: int) -> None:
-        """Route around a replica that died, and send what it had not finished to the others, from the start."""
-        if index in self.lost:
+    def _hear(self, index: int, message: Message) -> None:
+        if message[0] == "answer":
+            self.questions.answer(message[1], index, message[2])
             return
-        self.lost.append(index)
-        del self._pipes[index]
-        if not self._pipes:
-            raise ReplicaError("no replica is left")
-        self._router.remove(index)
-        orphans = [(request, prompt) for i, request, prompt in self._pending.values() if i == index]
-        for request, _ in orphans:
-            self._forget(request.request_id)
-        for request, prompt in orphans:
-            self.submit(request, prompt)
-
-
-# ---- in the other processes ----
-
-
-def serve_replica(task: _Task, pipe: Connection) -> None:
-    """Build an engine and serve until the pipe closes."""
-    end_with_parent()
-    os.environ["CUDA_VISIBLE_DEVICES"] = task.devices  # before torch is imported
-    from engine.build import build_runner
-    from engine.engine import Engine
-
-    try:
-        runner = build_runner(task.config, task.adapters, seed=task.seed)
-    except UserError as error:
-        pipe.send(("user_error", str(error)))
-        return
-    pipe.send(("ready",))
-    engine = Engine(runner.blueprint, runner)
-    try:
-        while True:
-            while pipe.poll(0 if engine.busy else IDLE_S):
-                kind, *rest = pipe.recv()
-                if kind == "stop":
-                    return
-                if kind == "begin":
-                    runner.reset()
-                    engine = _fresh_engine(engine, pipe, rest[0])
-                elif kind == "request":
-                    _add(engine, pipe, *rest)
-                else:
-                    pipe.send(("report", _report(engine)))
-            if not engine.turn() and engine.busy:
-                time.sleep(20e-6)  # an adapter is on its way
-    except (EOFError, BrokenPipeError):
-        return
-    finally:
-        runner.close()
-
-
-def _fresh_engine(engine: Engine, pipe: Connection, started_s: float) -> Engine:
-    fresh = type(engine)(engine.blueprint, engine.runner, lambda: time.perf_counter() - started_s)
-    fresh.on_end = lambda generation: pipe.send(
-        ("ended", generation.request.request_id, timeline_of(generation))
-    )
-    return fresh
-
-
-def _add(engine: Engine, pipe: Connection, request: Request, prompt: NDArray[np.int32]) -> None:
-    from engine.scheduler import RefusedError
-
-    try:
-        engine.add(request, prompt)
-    except RefusedError as error:
-        pipe.send(("ended", request.request_id, Timeline(refused=str(error))))
-
-
-def _report(engine: Engine) -> ReplicaReport:
-    import torch
-
-    used = None
-    if engine.runner.device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(engine.runner.device)
-        used = total - free
-    return ReplicaReport(
-        steps=engine.steps, adapter_loads=engine.scheduler.residency.loads, memory_used_bytes=used
-    )
+        self._inbox.put((index, message))
+        self.on_news()

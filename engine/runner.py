@@ -26,6 +26,7 @@ from engine.communicator import Communicator, leave
 from engine.errors import UserError
 from engine.followers import Followers, GroupLoader
 from engine.graph_sizes import graph_sizes, padded_tokens
+from engine.group_store import GroupStore
 from engine.host_store import HostStore
 from engine.model import DECODE_PROGRAMS, Model, lora_widths, new_buffers
 from engine.model_shape import GROUPS
@@ -130,7 +131,7 @@ class Runner:
             parallel,
         )
         rank = 0 if communicator is None else communicator.rank
-        self.store = HostStore(blueprint, self.dtype, device, seed=seed, rank=rank)
+        self.store: HostStore | GroupStore = HostStore(blueprint, self.dtype, device, seed=seed, rank=rank)
         own_loader = AdapterLoader(
             self.store, self.buffers, blueprint.max_adapters, blueprint.geometry.units_per_page
         )

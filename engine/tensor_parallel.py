@@ -1,7 +1,8 @@
 """What the ranks of one replica exchange within a step: the ends of row-parallel linears, and under S-LoRA's sharding parts of h.
 
 Two mechanisms. *Peers*: kernels that read the other GPUs' memory over NVLink, each doing the exchange and what follows it in one launch.
-*Collectives*: NCCL between GPUs, gloo between CPUs; for steps too large for the first, wherever there is no GPU, and to compare (`collectives: "nccl"`).
+*Collectives*: NCCL between GPUs, gloo between CPUs; for steps too large for the first, wherever there is no GPU, and to compare
+(`collectives: "nccl"`).
 """
 
 from __future__ import annotations

@@ -371,7 +371,8 @@ def lora_expand_(
     y: [T, Σ widths] of the pool's dtype, rows contiguous, the modules' outputs side by side. bridge: fp32 [>= parts, >= T, width], what
     `lora_shrink` wrote with the same lists. scales: fp32 [max_slots, 7]. tiles: int32 [capacity, 16], num_tiles: int32 [1], headers:
     int32 [4, 8], as cut by `plan_lora` with the same tile_tokens. pool, layer, num_programs, tuning.pdl: as in `lora_shrink`.
-    summed: the bridge's first plane already is h. widths: `out` of the group's modules, in order. Rows of no tile and modules of rank 0 keep their bits.
+    summed: the bridge's first plane already is h. widths: `out` of the group's modules, in order.
+    Rows of no tile and modules of rank 0 keep their bits.
     Raises ValueError on a shape, dtype, stride or device that does not fit.
     """
     tuning = tuning or ExpandTuning()

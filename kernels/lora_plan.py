@@ -18,7 +18,15 @@ from kernels.lora_launch import LoraLaunch
 MODULES = ("q", "k", "v", "o", "gate", "up", "down")
 GROUPS = ((0, 3), (3, 4), (4, 6), (6, 7))  # modules of group g: [first, last); they share their input
 NUM_GROUPS = len(GROUPS)
-COLUMN_PARALLEL = (True, True, True, False, True, True, False)  # modules whose outputs tensor parallelism cuts; of the others, the inputs
+COLUMN_PARALLEL = (
+    True,
+    True,
+    True,
+    False,
+    True,
+    True,
+    False,
+)  # modules whose outputs tensor parallelism cuts; of the others, the inputs
 _GROUP_STARTS = [first for first, _ in GROUPS]
 
 # Columns of a tile record, and of a row of `adapter_meta`: ranks are rows of B; LAYER_ROWS are entries of the row table a layer, FIRST_B

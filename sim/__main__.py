@@ -75,7 +75,9 @@ def validate(
         Path, typer.Option(help="Folder of run records, or of others' vLLM runs (runs.jsonl).")
     ] = validation.RUNS,
     profile: ProfileFile = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes for vLLM runs; else all cores.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes for vLLM runs; else all cores.")
+    ] = None,
     form: Format = "table",
 ) -> None:
     """Simulate every recorded run and compare: predicted against measured."""

@@ -16,8 +16,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.config import ServingConfig
 from engine.budget import gpu_spec
+from engine.config import ServingConfig
 from engine.errors import UserError
 from engine.graph_sizes import padded_tokens
 from engine.model_shape import ModelShape, load_model_shape
@@ -72,7 +72,9 @@ class StepCosts:
         self._dense: dict[
             int, tuple[float, float, float]
         ] = {}  # padded tokens -> matmuls etc., head etc., collectives
-        self._by_tokens: dict[int, tuple[float, LoraPrice]] = {}  # seconds that they alone decide, and how LoRA is priced
+        self._by_tokens: dict[
+            int, tuple[float, LoraPrice]
+        ] = {}  # seconds that they alone decide, and how LoRA is priced
         layers, factor = setting.model.num_layers, self._correction.factors
         self._decode = Price(
             self._layer.attention_decode.scaled(layers * factor["attention_decode"] * 1e-6),
@@ -196,7 +198,11 @@ class StepCosts:
     def _lora_exchange_s(self, shape: StepShape) -> float:
         padded = padded_tokens(shape.tokens, self.setting.graph_max_tokens)
         token_bytes = shape.lora_token_bytes / shape.lora_tokens
-        return self._layer.exchanges.lora_us(padded, token_bytes) * self._correction.factors["lora_exchange"] * 1e-6
+        return (
+            self._layer.exchanges.lora_us(padded, token_bytes)
+            * self._correction.factors["lora_exchange"]
+            * 1e-6
+        )
 
     def _within(self, shape: StepShape) -> bool:
         largest, layers = self._fits.largest, self.setting.model.num_layers
@@ -356,5 +362,7 @@ def _groups_us(profile: Profile, model: ModelShape, layer: Layer, shape: StepSha
         layers * float(regime.envelope.many(lora)[0]) if shape.lora_adapters else 0.0,
         layer.head_us(min(padded, DEFAULT_MAX_NUM_SEQS)),
         layer.exchanges.base_us(padded, min(padded, DEFAULT_MAX_NUM_SEQS)),
-        layer.exchanges.lora_us(padded, shape.lora_token_bytes / shape.lora_tokens) if shape.lora_tokens else 0.0,
+        layer.exchanges.lora_us(padded, shape.lora_token_bytes / shape.lora_tokens)
+        if shape.lora_tokens
+        else 0.0,
     )

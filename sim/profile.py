@@ -74,9 +74,9 @@ class Table:
 class Profile:
     """Measurements on one GPU of one model's shapes.
 
-    steps: whole captured steps at TP 1 and their GPU microseconds. parallel: the same under tensor parallelism, also of other models. host: rows, prefill chunks and
-    microseconds of one loop turn. provenance: GPU name, driver, versions, commit, date and command, to show.
-    collective_source: where collectives come from.
+    steps: whole captured steps at TP 1 and their GPU microseconds. parallel: the same under tensor parallelism,
+    also of other models. host: rows, prefill chunks and microseconds of one loop turn. provenance: GPU name,
+    driver, versions, commit, date and command, to show. collective_source: where collectives come from.
     """
 
     source: str

@@ -10,9 +10,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from engine.adapter import AdapterSpec, spec_of_peft
-from engine.host_store import HostStore, PreparedAdapter
+from engine.followers import RankError
+from engine.host_store import PreparedAdapter
+from engine.replicas import ReplicaError
 from engine.server.async_engine import AsyncEngine
 from engine.server.errors import ApiError, Scrubber, invalid
 from engine.server.limits import ServerLimits
@@ -75,6 +78,16 @@ class AdapterFolder:
                 raise invalid(f"{file.name} has {size} bytes, at most {most} are allowed", "lora_path")
 
 
+class AdapterStore(Protocol):
+    """Where adapters are prepared: one process's, or that of several."""
+
+    def prepare(self, spec: AdapterSpec, /) -> PreparedAdapter:
+        """Read, check and pack an adapter. Raises UserError where it cannot be served."""
+
+    def discard(self, prepared: PreparedAdapter, /) -> None:
+        """Let a prepared adapter go."""
+
+
 class AdapterRegistry:
     """What clients may name, and how that changes. Adapters are read, checked and packed on threads of their own."""
 
@@ -82,7 +95,7 @@ class AdapterRegistry:
         self,
         engine: AsyncEngine,
         *,
-        store: HostStore,
+        store: AdapterStore,
         num_layers: int,
         base_name: str,
         start: Mapping[str, AdapterSpec],
@@ -151,7 +164,7 @@ class AdapterRegistry:
             return self._store.prepare(spec)
         except ValueError as error:
             raise invalid(self._scrub.error(error), "lora_path") from None
-        except (OSError, MemoryError) as error:
+        except (OSError, MemoryError, RankError, ReplicaError) as error:
             log.exception("an adapter could not be read")
             raise ApiError(503, f"the adapter could not be read: {type(error).__name__}") from None
 

@@ -16,7 +16,7 @@ from engine.server.async_engine import AsyncEngine
 from engine.server.errors import ApiError, json_response
 from engine.server.exchange import ClientGoneError
 from engine.server.limits import ServerLimits
-from engine.server.metrics import Metrics, take_snapshot
+from engine.server.metrics import Metrics
 from engine.server.serving import Serving
 
 CLIENT_GONE = 499  # nginx's number for it; nobody reads the answer
@@ -111,14 +111,19 @@ def _add_adapter_routes(app: FastAPI, serving: Serving, gate: Gate) -> None:
 def _add_watching_routes(app: FastAPI, engine: AsyncEngine, metrics: Metrics, gate: Gate) -> None:
     @app.get("/health")
     async def health() -> Response:
-        status = "down" if engine.dead else "draining" if gate.draining else "ok"
+        replicas = engine.replicas
+        degraded = replicas is not None and replicas["lost"]
+        running = "degraded" if degraded else "ok"
+        status = "down" if engine.dead else "draining" if gate.draining else running
         body = {"status": status, "engine_failures": engine.failures}
-        return json_response(body, 200 if status == "ok" else 503)
+        if replicas is not None:
+            body["replicas"] = replicas
+        return json_response(body, 200 if status == running else 503)
 
     @app.get("/metrics")
     async def page(request: Request) -> Response:
         gate.access(request).require_all()
-        text = metrics.page(await engine.call(take_snapshot), engine.failures)
+        text = metrics.page(await engine.snapshots(), engine.failures)
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
 

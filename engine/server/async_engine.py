@@ -6,13 +6,15 @@ import asyncio
 import contextlib
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 from engine.engine import Engine, FinishReason
-from engine.server.engine_thread import ENGINE_DOWN, EngineThread, News
+from engine.replicated_engine import ReplicatedEngine
+from engine.server.engine_thread import ENGINE_DOWN, AnyEngine, EngineThread, News
 from engine.server.errors import ApiError, Scrubber
 from engine.server.tickets import Ending, Job, Mailbox, Ticket
+from engine.snapshot import Snapshot, take_snapshot
 
 RETRY_AFTER_S = 1
 
@@ -37,7 +39,7 @@ class AsyncEngine:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: AnyEngine,
         *,
         max_unfinished: int,
         scrub: Scrubber,
@@ -70,8 +72,17 @@ class AsyncEngine:
 
     @property
     def failures(self) -> int:
-        """How often the engine failed."""
-        return self.thread.failures
+        """How often the engine, or one of its replicas', failed and was started anew."""
+        engine = self.thread.engine
+        return self.thread.failures + (engine.failures if isinstance(engine, ReplicatedEngine) else 0)
+
+    @property
+    def replicas(self) -> dict[str, Sequence[int]] | None:
+        """Which replicas serve and which died; None where there is one engine alone."""
+        engine = self.thread.engine
+        if not isinstance(engine, ReplicatedEngine):
+            return None
+        return {"serving": list(engine.alive), "lost": sorted(engine.lost)}
 
     @property
     def num_active(self) -> int:
@@ -107,7 +118,19 @@ class AsyncEngine:
         """Stop everything."""
         self.abort(list(self._active.values()))
 
-    async def call(self, function: Callable[[Engine], T]) -> T:
+    async def snapshots(self) -> Mapping[int, Snapshot]:
+        """Return the state of each replica by its number; 0 is an engine alone. Raises a 503 where an engine does not answer."""
+        engine = self.thread.engine
+        if not isinstance(engine, ReplicatedEngine):
+            return {0: await self.call(_snapshot)}
+        if self.dead:
+            raise ApiError(503, ENGINE_DOWN)
+        try:
+            return await asyncio.to_thread(engine.snapshots)
+        except TimeoutError:
+            raise ApiError(503, "a replica does not answer") from None
+
+    async def call(self, function: Callable[[AnyEngine], T]) -> T:
         """Run a function on the engine's thread, between turns, and return what it returns. Raises what it raises; a 503 without an engine."""
         future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
 
@@ -158,6 +181,11 @@ class AsyncEngine:
             observer.ended(ticket)
         if not self._active:
             self._idle.set()
+
+
+def _snapshot(engine: AnyEngine) -> Snapshot:
+    assert isinstance(engine, Engine)
+    return take_snapshot(engine)
 
 
 def _set_result(future: asyncio.Future[T], result: T) -> None:

@@ -12,15 +12,17 @@ import threading
 from collections.abc import Callable, Sequence
 
 from engine.engine import Engine, FinishReason, Generation
+from engine.replica_process import WORKER_FAILED
+from engine.replicated_engine import ReplicatedEngine
 from engine.requests import Request
 from engine.scheduler import RefusedError
 from engine.server.errors import Scrubber
 from engine.server.tickets import Ending, Ticket
 
 LOAD_POLL_S = 200e-6  # how often a turn looks for an adapter on its way when nothing else can run
-WORKER_FAILED = "the engine failed while this request was running and was started anew; please try again"
 ENGINE_DOWN = "the engine has failed and could not be started anew"
 
+AnyEngine = Engine | ReplicatedEngine
 News = list[tuple[Ticket, int | Ending]]
 
 log = logging.getLogger("engine.server")
@@ -33,7 +35,7 @@ class EngineThread:
     engine anew; where that fails too it is `dead`, and everything that comes ends with an error.
     """
 
-    def __init__(self, engine: Engine, *, scrub: Scrubber, deliver: Callable[[News], None]) -> None:
+    def __init__(self, engine: AnyEngine, *, scrub: Scrubber, deliver: Callable[[News], None]) -> None:
         self.engine = engine
         self.failures = 0
         self.dead = False
@@ -110,6 +112,8 @@ class EngineThread:
     def _run(self) -> None:
         self.engine.on_token = self._on_token
         self.engine.on_end = self._on_end
+        if isinstance(self.engine, ReplicatedEngine):
+            self.engine.listen(lambda: self.do(_wake))
         while not self._stopping:
             working = not self.dead and self.engine.busy
             self._obey(None if not working else 0.0)
@@ -165,6 +169,10 @@ class EngineThread:
     def _end(self, ticket: Ticket, ending: Ending) -> None:
         self._live.pop(ticket.number, None)
         self._news.append((ticket, ending))
+
+
+def _wake() -> None:
+    """Do nothing, so that the thread looks for what there is to do."""
 
 
 def _number(generation: Generation) -> int:

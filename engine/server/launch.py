@@ -22,10 +22,12 @@ from engine.config import ServingConfig
 from engine.engine import Engine
 from engine.errors import UserError
 from engine.model_shape import load_model_shape
+from engine.replicated_engine import ReplicatedEngine
 from engine.server.adapters import AdapterFolder, AdapterRegistry, check_name
 from engine.server.api_keys import ApiKeys, load_api_keys
 from engine.server.app import Gate, new_app
 from engine.server.async_engine import AsyncEngine, Observer
+from engine.server.engine_thread import AnyEngine
 from engine.server.errors import Scrubber
 from engine.server.limits import ServerLimits
 from engine.server.metrics import Metrics
@@ -61,7 +63,7 @@ class Server:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: AnyEngine,
         codec: TextCodec,
         options: ServerOptions,
         keys: ApiKeys,
@@ -74,12 +76,11 @@ class Server:
         self.metrics = Metrics(name, plan.max_adapters)
         self.recorder = recorder
         observers: list[Observer] = [self.metrics, *filter(None, [recorder])]
-        self.engine = AsyncEngine(
-            engine, max_unfinished=config.max_num_seqs + limits.max_queue, scrub=scrub, observers=observers
-        )
+        most = config.max_num_seqs * config.replicas + limits.max_queue
+        self.engine = AsyncEngine(engine, max_unfinished=most, scrub=scrub, observers=observers)
         adapters = AdapterRegistry(
             self.engine,
-            store=engine.runner.store,
+            store=engine.store,
             num_layers=plan.model.num_layers,
             base_name=name,
             start=plan.adapters,
@@ -106,6 +107,7 @@ class Server:
             yield
         finally:
             await self.engine.stop()
+            await asyncio.to_thread(self.engine.thread.engine.close)
             self.serving.close()
             if self.recorder is not None:
                 self.recorder.close()
@@ -163,10 +165,6 @@ def build_server(
 ) -> Server:
     """Build engine and server. Raises UserError for what does not fit together, before weights are loaded where it can."""
     config = _with_room_for_adapters(config, adapters, options)
-    if config.gpus != 1:
-        raise UserError(
-            f"tp={config.tp}, replicas={config.replicas}: the engine serves on one GPU; more are not built yet"
-        )
     for name in adapters:
         try:
             check_name(name)
@@ -185,9 +183,20 @@ def build_server(
     codec = load_codec(folder, load_model_shape(config.model).vocab_size)
     keys = ApiKeys({}) if options.api_keys is None else load_api_keys(options.api_keys)
     recorder = None if options.record is None else TraceRecorder(options.record)
-    runner = build_runner(config, adapters, seed=options.seed, progress=progress)
-    engine = Engine(runner.blueprint, runner, keep_steps=False, cache_outputs=True)
-    return Server(engine, codec, options, keys, recorder)
+    return Server(_build_engine(config, adapters, options.seed, progress), codec, options, keys, recorder)
+
+
+def _build_engine(
+    config: ServingConfig,
+    adapters: Mapping[str, AdapterSpec],
+    seed: int,
+    progress: Callable[[str], None],
+) -> AnyEngine:
+    if config.replicas > 1:
+        progress(f"building {config.replicas} replicas")
+        return ReplicatedEngine(config, adapters, seed=seed)
+    runner = build_runner(config, adapters, seed=seed, progress=progress)
+    return Engine(runner.blueprint, runner, keep_steps=False, cache_outputs=True)
 
 
 def _with_room_for_adapters(

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import time
 from collections import Counter as Tally
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from engine.engine import Engine
 from engine.server.tickets import Ticket
+from engine.snapshot import Snapshot
 
 TTFT_BUCKETS_S = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0),
@@ -25,53 +24,17 @@ LATENCY_BUCKETS_S = (
     *(0.01, 0.05, 0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0),
     *(120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0),
 )
+FROM_ENGINE = {
+    "preemptions": ("vllm:num_preemptions", "Requests preempted."),
+    "prefix_queried_tokens": (
+        "vllm:prefix_cache_queries",
+        "Prompt tokens looked up in the prefix cache.",
+    ),
+    "prefix_hit_tokens": ("vllm:prefix_cache_hits", "Prompt tokens found there."),
+    "adapter_loads": ("loraplan:adapter_loads", "Adapters copied to the GPU."),
+    "adapter_evictions": ("loraplan:adapter_evictions", "Adapters that left the GPU for others."),
+}
 LENGTH_BUCKETS = tuple(digit * 10**power for power in range(6) for digit in (1, 2, 5))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Snapshot:
-    """The engine's state between two turns. Counters are since the engine last started anew.
-
-    Pages are free, of requests (kv), kept for later ones that start alike (cached), or of adapters.
-    """
-
-    running: int
-    waiting: int
-    num_pages: int
-    free_pages: int
-    kv_pages: int
-    cached_pages: int
-    adapter_pages: int
-    resident_adapters: int
-    registered_adapters: int
-    adapter_loads: int
-    adapter_evictions: int
-    preemptions: int
-    prefix_queried_tokens: int
-    prefix_hit_tokens: int
-
-
-def take_snapshot(engine: Engine) -> Snapshot:
-    """Read the engine's state: on its thread."""
-    scheduler = engine.scheduler
-    residency, pages = scheduler.residency, engine.blueprint.memory.num_pages
-    kv, cached, held = scheduler.kv_pages, scheduler.pool.num_kept, residency.pages_held
-    return Snapshot(
-        running=scheduler.num_running,
-        waiting=scheduler.num_waiting,
-        num_pages=pages,
-        free_pages=pages - kv - cached - held,
-        kv_pages=kv,
-        cached_pages=cached,
-        adapter_pages=held,
-        resident_adapters=sum(1 for _ in residency.holders()),
-        registered_adapters=len(residency.footprints),
-        adapter_loads=residency.loads,
-        adapter_evictions=residency.evictions,
-        preemptions=scheduler.preemptions,
-        prefix_queried_tokens=scheduler.prefix_queried_tokens,
-        prefix_hit_tokens=scheduler.prefix_hit_tokens,
-    )
 
 
 class Metrics:
@@ -88,7 +51,7 @@ class Metrics:
         self._counters()
         self._histograms()
         self._gauges()
-        self._last = dict.fromkeys(self._from_engine, 0)
+        self._last: Tally[tuple[str, int]] = Tally()
 
     def _make(
         self, kind: type[Any], name: str, help_text: str, labels: Iterable[str] = (), **options: Any
@@ -110,15 +73,8 @@ class Metrics:
         self._hits = make(Counter, "loraplan:adapter_hits", "Of those, the ones that waited for no load.")
         self._failures = make(Gauge, "loraplan:engine_failures", "Times that the engine was started anew.")
         self._from_engine = {
-            "preemptions": make(Counter, "vllm:num_preemptions", "Requests preempted."),
-            "prefix_queried_tokens": make(
-                Counter, "vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix cache."
-            ),
-            "prefix_hit_tokens": make(Counter, "vllm:prefix_cache_hits", "Prompt tokens found there."),
-            "adapter_loads": make(Counter, "loraplan:adapter_loads", "Adapters copied to the GPU."),
-            "adapter_evictions": make(
-                Counter, "loraplan:adapter_evictions", "Adapters that left the GPU for others."
-            ),
+            name: make(Counter, metric, help_text, ["engine"])
+            for name, (metric, help_text) in FROM_ENGINE.items()
         }
 
     def _histograms(self) -> None:
@@ -142,10 +98,12 @@ class Metrics:
 
     def _gauges(self) -> None:
         make = self._make
-        self._running = make(Gauge, "vllm:num_requests_running", "Requests that hold pages.")
-        self._waiting = make(Gauge, "vllm:num_requests_waiting", "Requests that wait to be admitted.")
+        self._running = make(Gauge, "vllm:num_requests_running", "Requests that hold pages.", ["engine"])
+        self._waiting = make(
+            Gauge, "vllm:num_requests_waiting", "Requests that wait to be admitted.", ["engine"]
+        )
         self._kv_usage = make(
-            Gauge, "vllm:kv_cache_usage_perc", "Share of the pool that KV holds; 1 is all of it."
+            Gauge, "vllm:kv_cache_usage_perc", "Share of the pool that KV holds; 1 is all of it.", ["engine"]
         )
         self._lora_info = Gauge(
             "vllm:lora_requests_info",
@@ -153,8 +111,8 @@ class Metrics:
             ["max_lora", "waiting_lora_adapters", "running_lora_adapters"],
             registry=self._registry,
         )
-        self._pages = make(Gauge, "loraplan:pages", "Pages of the pool by use.", ["use"])
-        self._adapters = make(Gauge, "loraplan:adapters", "Adapters by place.", ["place"])
+        self._pages = make(Gauge, "loraplan:pages", "Pages of the pool by use.", ["engine", "use"])
+        self._adapters = make(Gauge, "loraplan:adapters", "Adapters by place.", ["engine", "place"])
 
     # ---- the observer ----
 
@@ -206,26 +164,34 @@ class Metrics:
 
     # ---- the page ----
 
-    def page(self, snapshot: Snapshot, failures: int, now_s: Callable[[], float] = time.time) -> bytes:
-        """Return what Prometheus reads."""
+    def page(
+        self, snapshots: Mapping[int, Snapshot], failures: int, now_s: Callable[[], float] = time.time
+    ) -> bytes:
+        """Return what Prometheus reads. snapshots: of each replica; one that is not there has no gauges."""
         self._failures.set(failures)
-        self._running.set(snapshot.running)
-        self._waiting.set(snapshot.waiting)
-        self._kv_usage.set(snapshot.kv_pages / snapshot.num_pages)
-        for use in ("free", "kv", "cached", "adapter"):
-            self._pages.labels(self._model, use).set(getattr(snapshot, f"{use}_pages"))
-        self._adapters.labels(self._model, "gpu").set(snapshot.resident_adapters)
-        self._adapters.labels(self._model, "registered").set(snapshot.registered_adapters)
-        self._advance(snapshot)
+        for gauge in (self._running, self._waiting, self._kv_usage, self._pages, self._adapters):
+            gauge.clear()
+        for engine, snapshot in snapshots.items():
+            self._gauge(str(engine), snapshot)
+            self._advance(engine, snapshot)
         self._lora_info.clear()
         waiting, using = sorted(self._before_first_token), sorted(self._using)
         running = [name for name in using if self._using[name] > self._before_first_token.get(name, 0)]
         self._lora_info.labels(self._max_adapters, ",".join(waiting), ",".join(running)).set(now_s())
         return generate_latest(self._registry)
 
-    def _advance(self, snapshot: Snapshot) -> None:
-        """Add what the engine counted since the last page; its counts start again when it is started anew."""
-        for name, counter in self._from_engine.items():
-            count = getattr(snapshot, name)
-            counter.inc(count - self._last[name] if count >= self._last[name] else count)
-            self._last[name] = count
+    def _gauge(self, engine: str, snapshot: Snapshot) -> None:
+        self._running.labels(self._model, engine).set(snapshot.running)
+        self._waiting.labels(self._model, engine).set(snapshot.waiting)
+        self._kv_usage.labels(self._model, engine).set(snapshot.kv_pages / snapshot.num_pages)
+        for use in ("free", "kv", "cached", "adapter"):
+            self._pages.labels(self._model, engine, use).set(getattr(snapshot, f"{use}_pages"))
+        self._adapters.labels(self._model, engine, "gpu").set(snapshot.resident_adapters)
+        self._adapters.labels(self._model, engine, "registered").set(snapshot.registered_adapters)
+
+    def _advance(self, engine: int, snapshot: Snapshot) -> None:
+        """Add what an engine counted since the last page; its counts start again when it is started anew."""
+        for name, metric in self._from_engine.items():
+            count, last = getattr(snapshot, name), self._last[name, engine]
+            metric.labels(self._model, str(engine)).inc(count - last if count >= last else count)
+            self._last[name, engine] = count

@@ -134,7 +134,15 @@ def serve(runner, names, count=10):
         (4, "block_diagonal", ["r8", "r3", "bd4"]),
         pytest.param(8, "replicated", ["r8", "r3"], marks=pytest.mark.slow),  # eight processes on two cores
     ],
-    ids=["2-replicated", "2-block_diagonal", "2-slora", "2-slora_published", "4-slora", "4-block_diagonal", "8-replicated-kv-heads-shared"],
+    ids=[
+        "2-replicated",
+        "2-block_diagonal",
+        "2-slora",
+        "2-slora_published",
+        "4-slora",
+        "4-block_diagonal",
+        "8-replicated-kv-heads-shared",
+    ],
 )
 def test_every_mode_equals_the_dense_computation(world, start, tp, sharding, names):
     runner = start(world, names, tp=tp, lora_sharding=sharding)

@@ -31,9 +31,8 @@ def lists(device):
         start += rows
     headers = np.zeros((4, 8), np.int32)
     headers[:, 3] = SPLITS
-    return tuple(
-        torch.from_numpy(a).to(device) for a in (tiles, np.array([len(SEGMENTS)], np.int32), headers)
-    )
+    arrays = {"tiles": tiles, "num_tiles": np.array([len(SEGMENTS)], np.int32), "headers": headers}
+    return {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
 
 
 def parts_and_h(group, ranks, seed=0):
@@ -79,7 +78,7 @@ def common_of(group, ranks):
 @pytest.mark.parametrize("group", range(4))
 def test_packed_and_collected_is_h(target, group, ranks):
     device, dtype = target
-    tiles, num_tiles, headers = lists(device)
+    work = lists(device)
     bridges, h = parts_and_h(group, ranks)
     modules = GROUPS[group][1] - GROUPS[group][0]
     column = COLUMN_PARALLEL[GROUPS[group][0]]
@@ -87,17 +86,17 @@ def test_packed_and_collected_is_h(target, group, ranks):
     messages = []
     for bridge in bridges:
         message = torch.full((modules, ROWS, 70), float("nan"), dtype=dtype, device=device)
-        lora_pack_part(bridge.to(device), tiles, num_tiles, headers, message, **common)
+        lora_pack_part(bridge.to(device), **work, message=message, **common)
         expected = torch.full_like(message, float("nan"))
-        pack_ref(bridge.to(device), tiles, num_tiles, headers, expected, **common)
+        pack_ref(bridge.to(device), **work, message=expected, **common)
         assert torch.equal(torch.isnan(message), torch.isnan(expected))
         assert_close(message.nan_to_num(), expected.nan_to_num())
         messages.append(message)
     received = torch.stack(messages, dim=1) if column else torch.stack(messages).sum(0)[:, None]
     out = torch.full((1, ROWS, WIDTH), float("nan"), device=device)
-    lora_collect(received, tiles, num_tiles, headers, out, **common)
+    lora_collect(received, **work, out=out, **common)
     check_h(out, h, dtype)
-    expected = collect_ref(received, tiles, num_tiles, headers, torch.full_like(out, float("nan")), **common)
+    expected = collect_ref(received, **work, out=torch.full_like(out, float("nan")), **common)
     assert torch.equal(out.nan_to_num(), expected.nan_to_num())
 
 
@@ -109,7 +108,7 @@ def test_collecting_from_one_gpu_is_its_own_sum(target, group):
     pads = torch.zeros(3, dtype=torch.int32, device=device)
     out = torch.full((1, ROWS, WIDTH), float("nan"), device=device)
     lora_collect_peers(
-        bridge, addresses([bridge], device), addresses([pads], device), 0, *lists(device), out, rank=0, **common_of(group, 1)
+        bridge, addresses([bridge], device), addresses([pads], device), 0, **lists(device), out=out, rank=0, **common_of(group, 1)
     )  # fmt: skip
     check_h(out, h)
 
@@ -119,12 +118,12 @@ def test_arguments_are_checked(target):
     bridge = torch.zeros(SPLITS, ROWS, WIDTH, device=device)
     message = torch.zeros(3, ROWS, 70, dtype=dtype, device=device)
     with pytest.raises(ValueError, match="message"):
-        lora_pack_part(bridge, *lists(device), message[:2], **common_of(0, 2))
+        lora_pack_part(bridge, **lists(device), message=message[:2], **common_of(0, 2))
     with pytest.raises(ValueError, match="received must have 2 parts"):
-        lora_collect(message[:, None], *lists(device), bridge[:1], **common_of(0, 2))
+        lora_collect(message[:, None], **lists(device), out=bridge[:1], **common_of(0, 2))
     with pytest.raises(ValueError, match="buffers"):
         lora_collect_peers(
-            bridge, bridge, bridge, 0, *lists(device), bridge[:1], rank=0, **common_of(0, 2)
+            bridge, bridge, bridge, 0, **lists(device), out=bridge[:1], rank=0, **common_of(0, 2)
         )  # fmt: skip
 
 
@@ -153,7 +152,7 @@ def _rank(rank, port, ranks):
         bridge.copy_(bridges[rank])
         out = torch.full((1, ROWS, WIDTH), float("nan"), device=device)
         lora_collect_peers(
-            bridge, shared[turn % 2].addresses, pads.addresses, 0, *lists(device), out, rank=rank, **common_of(group, ranks)
+            bridge, shared[turn % 2].addresses, pads.addresses, 0, **lists(device), out=out, rank=rank, **common_of(group, ranks)
         )  # fmt: skip
         check_h(out, h)
     dist.destroy_process_group()

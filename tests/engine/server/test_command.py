@@ -56,7 +56,9 @@ def test_sigterm_lets_what_runs_finish_and_takes_nobody_new(world, tmp_path):
             next(lines)
             thread = threading.Thread(target=ask, args=("blue",))
             thread.start()
-            while 'num_requests_running{model_name="tiny-base"} 2.0' not in http.get("/metrics").text:
+            while (
+                'num_requests_running{engine="0",model_name="tiny-base"} 2.0' not in http.get("/metrics").text
+            ):
                 pass
             process.send_signal(signal.SIGTERM)
             while http.get("/health").status_code == 200:

@@ -6,6 +6,7 @@ import json
 import shutil
 import socket
 import threading
+import time
 from pathlib import Path
 
 import openai
@@ -154,6 +155,8 @@ class Running:
     def leaked_pages(self):
         """Return how many pages requests hold though none is left; raise AssertionError where accounts disagree."""
         self.wait_idle()
+        if self.server.engine.replicas is not None:
+            return self._pages_on_replicas()
 
         def look(engine):
             engine.scheduler.check_integrity()
@@ -162,6 +165,16 @@ class Running:
         while self.inspect(lambda engine: engine.busy):  # a step in flight may still end what was aborted
             pass
         return self.inspect(look)
+
+    def _pages_on_replicas(self):
+        """Return how many pages the replicas' requests hold, once none runs any more or after a while."""
+        until = time.monotonic() + 10
+        while True:
+            found = self.run(self.server.engine.snapshots()).values()
+            pages = sum(snapshot.kv_pages for snapshot in found)
+            busy = sum(snapshot.running + snapshot.waiting for snapshot in found)
+            if (not busy and not pages) or time.monotonic() > until:
+                return pages
 
     def stop(self) -> None:
         """End the server."""
