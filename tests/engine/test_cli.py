@@ -86,7 +86,6 @@ def fails(capsys, arguments, message):
         ({"speed": 9}, "unknown key 'speed'"),
         ({"backend": "cuda"}, "backend='cuda' must be one of triton, reference"),
         ({"tp": 3}, "tp (=3) must divide num_heads (=4)"),
-        ({"tp": 2, "lora_sharding": "slora"}, "lora_sharding='slora' at tp=2 is not built yet"),
         ({"gpu": "tpu"}, "gpu 'tpu' is not known"),
         ({"model": "llama-9"}, "llama-9"),
         ({"page_tokens": 1, "num_pages": 400}, "page_tokens must be at least"),

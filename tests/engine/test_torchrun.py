@@ -84,6 +84,7 @@ def test_another_number_of_processes_is_one_line(folder, tmp_path, config, line)
     assert "engine/" not in done.stderr, "a traceback of ours"
 
 
+@pytest.mark.slow
 def test_a_command_without_an_engine_lets_the_others_go(folder):
     done = torchrun(folder, "--help")
     assert done.returncode == 0, done.stderr

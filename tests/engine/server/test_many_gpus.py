@@ -192,7 +192,7 @@ def descendants(pid):
     "changes",
     [
         {"replicas": 2},
-        {"tp": 2},
+        pytest.param({"tp": 2}, marks=pytest.mark.slow),
         pytest.param({"replicas": 2, "tp": 2}, marks=pytest.mark.slow),
     ],
 )
