@@ -1,0 +1,71 @@
+"""The profile of tensor parallelism, tried on a CPU: its rows are what the simulator reads."""
+
+import json
+
+import pytest
+
+from engine.config import ServingConfig
+from engine.parallel_profile import Mode, ParallelPlan, parallel_adapters, profile_parallel
+from sim.parallel import parse_parallel
+from tests.engine.tiny import save_model, tiny_model
+
+
+def test_adapters_are_of_each_kind():
+    plan = ParallelPlan(ranks=(16,), adapters=2)
+    two, eight = parallel_adapters(plan, 2), parallel_adapters(plan, 8)
+    assert {(spec.rank, spec.nblocks) for spec in two.values()} == {
+        (16, 1),
+        (16, 2),
+        (24, 2),
+        (32, 2),
+        (16, 8),
+    }
+    assert {(spec.rank, spec.nblocks) for spec in eight.values()} == {(16, 1), (16, 8), (32, 8), (64, 8)}
+
+
+@pytest.mark.slow
+def test_ranks_measure_steps_and_serve_bursts(tmp_path):
+    model = save_model(
+        tiny_model("llama", num_key_value_heads=4, num_attention_heads=8, hidden_size=128, head_dim=16),
+        tmp_path / "model",
+    )
+    config = ServingConfig(
+        model=str(model),
+        tp=2,
+        backend="reference",
+        dtype="float32",
+        max_num_seqs=8,
+        max_num_batched_tokens=32,
+        max_model_len=256,
+        page_tokens=64,
+        num_pages=900,
+    )
+    plan = ParallelPlan(
+        modes=(
+            Mode(lora_sharding="block_diagonal", collectives="fast"),
+            Mode(lora_sharding="slora", collectives="fast"),
+        ),
+        batches=(1, 4),
+        ranks=(16,),
+        adapters=3,
+        grid=2,
+        requests=4,
+        burst_adapters=2,
+        burst_tokens=(2, 12),
+        kv_tokens=60,
+    )
+    target = tmp_path / "tiny.h200.tp2.json"
+    profile_parallel(config, plan, target, progress=lambda _: None)
+    data = json.loads(target.read_text(encoding="utf-8"))
+    steps, _ = parse_parallel(data, "tiny")
+    assert {(found.exchange, found.tp) for found in steps} == {("local", 2), ("slora", 2)}
+    assert all(len(found.steps) == len(found.steps_us) for found in steps)
+    bursts = [row for row in data["steps"] if row["case"] == "burst"]
+    assert [row["lora_sharding"] for row in bursts] == [
+        "base",
+        "replicated",
+        "block_diagonal",
+        "block_diagonal",
+        "slora",
+    ]
+    assert all(row["rps"] > 0 for row in bursts)
