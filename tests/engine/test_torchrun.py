@@ -74,7 +74,11 @@ def test_a_replay_runs_on_the_processes_that_torchrun_started(folder, tmp_path):
     ("config", "line"),
     [
         ({"tp": 1}, r"error: WORLD_SIZE=2, tp=1: torchrun must start as many processes as tp says"),
-        ({"tp": 1, "replicas": 2}, r"error: torchrun runs one replica, replicas=2: .*"),
+        pytest.param(
+            {"tp": 1, "replicas": 2},
+            r"error: torchrun runs one replica, replicas=2: .*",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_another_number_of_processes_is_one_line(folder, tmp_path, config, line):
@@ -102,6 +106,7 @@ def pid_of_rank(rank, agent):
     raise AssertionError(f"no rank {rank}")
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_ends_all_with_an_error(folder, tmp_path):
     trace = folder / "long.jsonl"
     line = {"id": 0, "arrival_s": 0.0, "prompt_tokens": 5, "output_tokens": 120}

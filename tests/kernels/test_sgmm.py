@@ -69,7 +69,7 @@ def test_from_a_pristine_copy(target, shapes, experts, top_k, rank):
         assert beside.isnan().all()
 
 
-@pytest.mark.parametrize("shapes", [ODD, EVEN])
+@pytest.mark.parametrize("shapes", [ODD, pytest.param(EVEN, marks=pytest.mark.slow)])
 def test_pristine_form_knows_no_past(target, shapes):
     """The same route gives the same bits, whatever was merged before."""
     device, _ = target
@@ -86,7 +86,7 @@ def test_pristine_form_knows_no_past(target, shapes):
     assert not any(torch.equal(a, b) for a, b in zip(found[0], found[1], strict=True))
 
 
-@pytest.mark.parametrize("shapes", [ODD, EVEN])
+@pytest.mark.parametrize("shapes", [ODD, pytest.param(EVEN, marks=pytest.mark.slow)])
 def test_in_place_takes_the_last_token_out(target, shapes):
     device, dtype = target
     weights = weights_of(target, shapes, in_place=True)

@@ -191,7 +191,7 @@ def descendants(pid):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"replicas": 2},
+        pytest.param({"replicas": 2}, marks=pytest.mark.slow),
         pytest.param({"tp": 2}, marks=pytest.mark.slow),
         pytest.param({"replicas": 2, "tp": 2}, marks=pytest.mark.slow),
     ],
