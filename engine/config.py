@@ -156,6 +156,11 @@ class ServingConfig:
         return ITEMSIZE_BYTES[self.dtype]
 
     @property
+    def exchanges_lora(self) -> bool:
+        """Whether the GPUs of a replica exchange parts of what adapters compute."""
+        return self.tp > 1 and self.lora_sharding in ("slora", "slora_published")
+
+    @property
     def gpus(self) -> int:
         return self.tp * self.replicas
 

@@ -278,9 +278,11 @@ class Model:
 def lora_widths(shape: ModelShape, config: ServingConfig) -> tuple[tuple[int, ...], ...]:
     """Return how many outputs B gives on one rank, of the modules of each group."""
     linears = shape.linear_shapes(config.tp)
-    slora = config.tp > 1 and config.lora_sharding in ("slora", "slora_published")
     return tuple(
-        tuple(linears[module][0] // (config.tp if slora and group in ROW_GROUPS else 1) for module in modules)
+        tuple(
+            linears[module][0] // (config.tp if config.exchanges_lora and group in ROW_GROUPS else 1)
+            for module in modules
+        )
         for group, modules in enumerate(GROUPS)
     )
 

@@ -341,5 +341,5 @@ def _limits_of(blueprint: Blueprint) -> BatchLimits:
         num_kv_heads=model.kv_heads_per_rank(config.tp),
         in_features=(inputs[0], inputs[1], inputs[2], inputs[3]),
         widths=lora_widths(model, config),
-        lora_shards=config.tp if config.lora_sharding in ("slora", "slora_published") else 1,
+        lora_shards=config.tp if config.exchanges_lora else 1,
     )

@@ -15,13 +15,11 @@ from engine.batch import DeviceBatch
 from engine.communicator import Communicator
 from engine.config import ServingConfig
 from engine.ops import Ops
+from engine.peer_limits import MOST_PEER_BYTES
 from engine.peer_memory import PeerBuffer, peer_buffer
 from kernels.lora_plan import COLUMN_PARALLEL, GROUPS, bridge_width
 
 COLLECT_PROGRAMS = 132
-# Largest sum of [rows, H] that each GPU reads whole from every other. Two GPUs: faster than NCCL at all sizes measured (8 MiB: 33 µs against 53,
-# two H200s, 2026-11-22). With more, every GPU reads N − 1 times as much; those bounds are a guess until measured.
-MOST_PEER_BYTES = {2: 16 << 20, 4: 4 << 20, 8: 1 << 20}
 
 
 class TensorParallel:
@@ -45,7 +43,7 @@ class TensorParallel:
     ) -> None:
         self.communicator = communicator
         self.rank, self.size = communicator.rank, communicator.size
-        self.slora = max_rank > 0 and config.lora_sharding in ("slora", "slora_published")
+        self.slora = max_rank > 0 and config.exchanges_lora
         self._published = config.lora_sharding == "slora_published"
         self._ops, self._hidden, self._max_rank, self._dtype = ops, hidden, max_rank, dtype
         self._sums: list[PeerBuffer] = []

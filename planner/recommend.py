@@ -8,6 +8,7 @@ from functools import partial
 
 from engine.adapter import AdapterSpec, adapters_of_trace
 from engine.blueprint import blueprint
+from engine.config import ServingConfig
 from engine.errors import UserError
 from planner import assumptions as said
 from planner.intervals import Prediction, error_of, predictions, rate, step_error
@@ -88,21 +89,10 @@ def recommend(
 
 def _plan(question: Question, prober: Prober, findings: Findings, progress: Progress | None) -> Plan:
     """Choose among the findings."""
-    ranked, rate_rps = findings.ranked, findings.rate_rps
-    able = [trial for trial in ranked if trial.meets(rate_rps)]
-    fewest = None if findings.fewest is None else findings.trials[findings.fewest]
-    if question.objective == "min-gpus":
-        able = fewest_gpus(able)
-    best = next(iter(able), None)
-    nearest = ranked[0] if best is None and ranked else None
-    by_config = {trial.config: trial for trial in (*able, *ranked) if trial.at_rate is not None}
-    for main in (best, nearest, fewest):
-        if main is not None:
-            by_config.pop(main.config, None)
-    others = list(by_config.values())[: question.show]
-    maker = _Maker(question, prober, rate_rps)
-    shown = [trial for trial in (best, fewest, nearest, *others) if trial is not None]
-    error = maker.error
+    rate_rps, picked = findings.rate_rps, pick(question, findings)
+    best, fewest, nearest = picked.best, picked.fewest, picked.nearest
+    maker = Maker(question, prober, rate_rps)
+    error = maker.step_error(question.space.base)
     retraining = []
     if best is not None and not findings.timed_out:
         if progress is not None:
@@ -116,7 +106,7 @@ def _plan(question: Question, prober: Prober, findings: Findings, progress: Prog
         recommended=maker.choice(best),
         fewest_gpus=maker.choice(fewest if best is not None else None),
         nearest=maker.choice(nearest),
-        alternatives=tuple(choice for trial in others if (choice := maker.choice(trial)) is not None),
+        alternatives=tuple(choice for trial in picked.others if (choice := maker.choice(trial)) is not None),
         slo=question.slo,
         assumptions=tuple(said.assumptions(question.trace, question.adapters, question.profile, error)),
         warnings=tuple(
@@ -124,7 +114,7 @@ def _plan(question: Question, prober: Prober, findings: Findings, progress: Prog
                 question.trace,
                 question.space.base,
                 question.profile,
-                shown,
+                picked.shown,
                 timed_out=findings.timed_out,
                 priced=question.space.base.gpu.lower() in question.prices,
             )
@@ -135,14 +125,48 @@ def _plan(question: Question, prober: Prober, findings: Findings, progress: Prog
     )
 
 
-class _Maker:
-    """Makes choices of trials."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Picked:
+    """The trials that a plan shows: the best and the one of fewest GPUs, or the nearest miss; and some of the others."""
+
+    best: Trial | None
+    fewest: Trial | None
+    nearest: Trial | None
+    others: list[Trial]
+
+    @property
+    def shown(self) -> list[Trial]:
+        """All of them."""
+        return [trial for trial in (self.best, self.fewest, self.nearest, *self.others) if trial is not None]
+
+
+def pick(question: Question, findings: Findings) -> Picked:
+    """Choose among the findings."""
+    ranked = findings.ranked
+    able = [trial for trial in ranked if trial.meets(findings.rate_rps)]
+    fewest = None if findings.fewest is None else findings.trials[findings.fewest]
+    if question.objective == "min-gpus":
+        able = fewest_gpus(able)
+    best = next(iter(able), None)
+    nearest = ranked[0] if best is None and ranked else None
+    by_config = {trial.config: trial for trial in (*able, *ranked) if trial.at_rate is not None}
+    for main in (best, nearest, fewest):
+        if main is not None:
+            by_config.pop(main.config, None)
+    return Picked(best=best, fewest=fewest, nearest=nearest, others=list(by_config.values())[: question.show])
+
+
+class Maker:
+    """Makes choices of trials. Another engine's differs in how far its steps are off, and in what its memory holds."""
 
     def __init__(self, question: Question, prober: Prober, rate_rps: float) -> None:
         self._question = question
         self._prober = prober
         self._rate_rps = rate_rps
-        self.error = step_error(costs_for(question.profile, question.space.base).report)
+
+    def step_error(self, config: ServingConfig) -> float:
+        """Return how far off the steps of a configuration are, relative."""
+        return step_error(costs_for(self._question.profile, config).report)
 
     def choice(self, trial: Trial | None) -> Choice | None:
         """Return what is predicted of a trial's configuration."""
@@ -159,7 +183,7 @@ class _Maker:
             sustainable_rps=trial.sustainable_rps,
             judged_on=trial.piece,
             predicted_on=trial.rate_piece or "window",
-            memory_per_gpu_bytes=self._memory(trial),
+            memory_per_gpu_bytes=self.memory(trial),
             bottleneck=trial.bottleneck,
             cost_usd_per_hour=None if price is None else price * trial.config.gpus,
             meets_slo=probe.meets,
@@ -171,11 +195,13 @@ class _Maker:
         assert probe is not None
         provenance = probe.provenance or "extrapolated"
         load = self._rate_rps / trial.sustainable_rps if trial.sustainable_rps > 0 else 1.0
-        error = error_of(self.error, 1.0 if probe.extrapolated_share is None else probe.extrapolated_share)
+        share = 1.0 if probe.extrapolated_share is None else probe.extrapolated_share
+        error = error_of(self.step_error(trial.config), share)
         values = predictions(probe.metrics, provenance, error, load)
         return values | {"sustainable_rps": rate(trial.sustainable_rps, provenance, error)}
 
-    def _memory(self, trial: Trial) -> dict[str, int]:
+    def memory(self, trial: Trial) -> dict[str, int]:
+        """Return what one GPU's memory holds at its fullest; it adds up to the whole."""
         memory = blueprint(trial.config, self._prober.adapters).memory
         probe = trial.at_best or trial.at_rate
         assert probe is not None

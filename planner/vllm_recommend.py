@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from engine.config import ServingConfig
-from planner.intervals import Prediction, error_of, predictions, rate
 from planner.jobs import Jobs, RateJob, Runner
-from planner.plan import Choice, Plan
+from planner.plan import Plan
 from planner.probe import Prober
-from planner.recommend import Question
+from planner.recommend import Maker, Question, pick
 from planner.search import KEPT_SETTINGS, SCREEN_GUESS, SCREEN_TOLERANCE, Findings, Progress, Search
-from planner.trial import Trial, fewest_gpus, most_rate
+from planner.trial import Trial, most_rate
 from planner.vllm import VllmEngine, VllmSpace, vllm_flags
 from planner.workers import Workers, cores
 from planner.workload import Workload
@@ -101,37 +100,26 @@ def recommend_vllm(
 
 
 def _plan(question: Question, engine: VllmEngine, prober: Prober, findings: Findings) -> Plan:
-    """Choose among the findings, as `planner.recommend` does."""
-    ranked, rate_rps = findings.ranked, findings.rate_rps
-    able = [trial for trial in ranked if trial.meets(rate_rps)]
-    fewest = None if findings.fewest is None else findings.trials[findings.fewest]
-    if question.objective == "min-gpus":
-        able = fewest_gpus(able)
-    best = next(iter(able), None)
-    nearest = ranked[0] if best is None and ranked else None
-    main = [trial for trial in (best, fewest, nearest) if trial is not None]
-    taken = {trial.config for trial in main}
-    others = list(
-        {t.config: t for t in (*able, *ranked) if t.at_rate is not None and t.config not in taken}.values()
-    )[: question.show]
-    maker = _Maker(question, engine, prober, rate_rps)
+    picked = pick(question, findings)
+    best, fewest, nearest = picked.best, picked.fewest, picked.nearest
+    maker = _Maker(question, engine, prober, findings.rate_rps)
     base = question.space.base
     return Plan(
         objective=question.objective,
         gpus=question.space.gpus,
-        rate_rps=rate_rps,
+        rate_rps=findings.rate_rps,
         requests=len(question.trace),
-        recommended=maker.choice(best) if best else None,
-        fewest_gpus=maker.choice(fewest) if best and fewest else None,
-        nearest=maker.choice(nearest) if nearest else None,
-        alternatives=tuple(maker.choice(trial) for trial in others),
+        recommended=maker.choice(best),
+        fewest_gpus=maker.choice(fewest if best is not None else None),
+        nearest=maker.choice(nearest),
+        alternatives=tuple(choice for trial in picked.others if (choice := maker.choice(trial)) is not None),
         slo=question.slo,
         assumptions=tuple(engine.assumptions(question.trace, question.adapters, engine.step_error(base))),
         warnings=tuple(
             engine.warnings(
                 question.trace,
                 base,
-                [*main, *others],
+                picked.shown,
                 timed_out=findings.timed_out,
                 priced=base.gpu.lower() in question.prices,
             )
@@ -142,47 +130,20 @@ def _plan(question: Question, engine: VllmEngine, prober: Prober, findings: Find
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Maker:
-    """Makes choices of trials."""
+class _Maker(Maker):
+    """Makes choices of trials with vLLM."""
 
-    question: Question
-    engine: VllmEngine
-    prober: Prober
-    rate_rps: float
+    def __init__(self, question: Question, engine: VllmEngine, prober: Prober, rate_rps: float) -> None:
+        super().__init__(question, prober, rate_rps)
+        self._engine = engine
 
-    def choice(self, trial: Trial) -> Choice:
-        """Return what is predicted of a trial's configuration."""
-        if trial.at_rate is None:  # time was up
-            trial = trial.with_probe(self.prober(trial.config, "window", 1.0, watch=True), "window")
-        probe = trial.at_rate
-        assert probe is not None
-        price = self.question.prices.get(trial.config.gpu.lower())
-        return Choice(
-            config=trial.config,
-            predicted=self._predicted(trial),
-            sustainable_rps=trial.sustainable_rps,
-            judged_on=trial.piece,
-            predicted_on=trial.rate_piece or "window",
-            memory_per_gpu_bytes=self._memory(trial),
-            bottleneck=trial.bottleneck,
-            cost_usd_per_hour=None if price is None else price * trial.config.gpus,
-            meets_slo=probe.meets,
-            misses=None if probe.meets else probe.binding,
-        )
+    def step_error(self, config: ServingConfig) -> float:
+        """As of Maker."""
+        return self._engine.step_error(config)
 
-    def _predicted(self, trial: Trial) -> dict[str, Prediction]:
-        probe = trial.at_rate
-        assert probe is not None
-        provenance = probe.provenance or "extrapolated"
-        load = self.rate_rps / trial.sustainable_rps if trial.sustainable_rps > 0 else 1.0
-        share = 1.0 if probe.extrapolated_share is None else probe.extrapolated_share
-        error = error_of(self.engine.step_error(trial.config), share)
-        values = predictions(probe.metrics, provenance, error, load)
-        return values | {"sustainable_rps": rate(trial.sustainable_rps, provenance, error)}
-
-    def _memory(self, trial: Trial) -> dict[str, int]:
-        memory = self.engine.memory(trial.config, self.prober.adapters)
+    def memory(self, trial: Trial) -> dict[str, int]:
+        """As of Maker."""
+        memory = self._engine.memory(trial.config, self._prober.adapters)
         probe = trial.at_best or trial.at_rate
         assert probe is not None
         kv = round(probe.kv_pages_max * memory.num_pages) * memory.page_bytes

@@ -20,6 +20,7 @@ from typing import Literal
 from engine.config import ServingConfig
 from engine.errors import UserError
 from engine.model_shape import ModelShape
+from engine.peer_limits import MOST_PEER_BYTES
 from sim.curve import Curve
 
 Exchange = Literal["local", "slora", "slora_published"]
@@ -27,8 +28,6 @@ Exchange = Literal["local", "slora", "slora_published"]
 
 Microseconds = Callable[[float], float]  # of bytes
 
-# Steps of more bytes than these go by NCCL (engine/tensor_parallel.py).
-MOST_PEER_BYTES = {2: 16 << 20, 4: 4 << 20, 8: 1 << 20}
 PLANE_BYTES = (
     4 * 4
 )  # of an element of h that peers read: four planes, about, in fp32 (kernels/lora_shards.py)
