@@ -110,10 +110,12 @@ def profile_parallel(
     shape: ModelShape | None = None,
 ) -> None:
     """Measure and write `target`, anew after every mode, so that an end by force loses little. Starts config.tp processes and is none of them."""
+    model = shape or load_model_shape(config.model)
+    device_for(config)  # what stands in the way is said before processes start
+    blueprint(config, parallel_adapters(plan, config.tp), model)
     context = torch.multiprocessing.get_context("spawn")
     pipes = [context.Pipe() for _ in range(config.tp - 1)]
     address = f"tcp://127.0.0.1:{free_port()}"
-    model = shape or load_model_shape(config.model)
     arguments = (config, plan, model, address, pipes, str(target))
     progress(f"{config.tp} ranks of {model.name}")
     spawn(_rank, args=arguments, nprocs=config.tp)
@@ -171,7 +173,7 @@ class _Rank:
         followers: Followers | None,
         tell: Progress,
     ) -> None:
-        self.mode, self.tell = mode, tell
+        self.mode, self.tell, self.followers = mode, tell, followers
         self.runner = Runner(plan, weights, device, communicator=communicator, followers=followers)
         self.bench = StepBench(self.runner)
 
@@ -253,12 +255,12 @@ class _Rank:
         if pipe is not None:
             serve_rank(self.runner, pipe)
             return
-        assert self.runner._followers is not None
+        assert self.followers is not None
         first = self.mode == plan.modes[0]
         served: list[str | None] = [None, *groups] if first else [*groups]
         for adapters in served:
             yield self._burst(plan, adapters)
-        self.runner._followers.close()
+        self.followers.close()
 
     def _burst(self, plan: ParallelPlan, group: str | None) -> dict[str, Any]:
         runner = self.runner

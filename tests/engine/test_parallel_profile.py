@@ -3,7 +3,9 @@
 import json
 
 import pytest
+import torch
 
+from engine.__main__ import main
 from engine.config import ServingConfig
 from engine.parallel_profile import Mode, ParallelPlan, parallel_adapters, profile_parallel
 from sim.parallel import parse_parallel
@@ -21,6 +23,21 @@ def test_adapters_are_of_each_kind():
         (16, 8),
     }
     assert {(spec.rank, spec.nblocks) for spec in eight.values()} == {(16, 1), (16, 8), (32, 8), (64, 8)}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the command would find its GPU and start to measure")
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (["--tp", "2"], "needs a GPU and none is visible"),
+        (["--tp", "2", "--ranks", "16,x"], "--ranks takes numbers as in 16,64"),
+    ],
+)
+def test_what_stands_in_the_way_is_one_line(flags, line, tmp_path, capsys):
+    assert main(["profile", "--out", str(tmp_path / "out"), *flags]) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1 and said[0].startswith("error: ") and line in said[0]
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
