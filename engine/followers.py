@@ -72,6 +72,7 @@ class Followers:
         self._pipes = list(pipes)
         self._processes = list(processes)
         self._end_on_loss = end_on_loss
+        self._parting = threading.Event()
         self._closing = threading.Event()
         self._sending = threading.Lock()  # held over all pipes, so that all hear the same order
         self._news = threading.Condition()  # of the four below, which the reader changes
@@ -140,6 +141,15 @@ class Followers:
     def tell_store(self, kind: str, *rest: Any) -> None:
         """Tell the ranks' stores something that they do at once."""
         self._tell((kind, *rest))
+
+    def part(self) -> bool:
+        """Tell the ranks to stop, without waiting for it; return whether all of them have heard."""
+        self._parting.set()
+        try:
+            self._tell(("stop",))
+        except (UserError, RankError):
+            return False
+        return True
 
     def close(self) -> None:
         """End the processes."""
@@ -214,7 +224,7 @@ class Followers:
                 self._news.notify_all()
 
     def _lose(self, rank: int) -> None:
-        if self._closing.is_set():
+        if self._closing.is_set() or self._parting.is_set():
             return
         self._fail(RankError(f"rank {rank} is gone"))
         if self._end_on_loss:
@@ -233,7 +243,8 @@ class Followers:
         for sentinel in wait(list(sentinels)):
             process = sentinels[sentinel]  # type: ignore[index]
             process.join()
-            if not self._closing.is_set():
+            done = self._parting.is_set() and process.exitcode == 0
+            if not done and not self._closing.is_set():
                 self._end_this_process(f"{process.name} died with exit code {process.exitcode}")
 
     def _end_this_process(self, what: str) -> None:
@@ -324,6 +335,7 @@ def follow(task: FollowerTask, pipe: Connection) -> None:
         runner = build_rank(task)
         pipe.send(("ready",))
         serve_rank(runner, pipe)
+        runner.close()
     except UserError as error:
         pipe.send(("user_error", str(error)))
     except (EOFError, BrokenPipeError):

@@ -242,10 +242,19 @@ class Runner:
         self.loader.start(load)
 
     def close(self) -> None:
-        """End the other ranks' processes, where there are any."""
+        """End the other ranks' processes, where there are any, and part from them.
+
+        NCCL waits until the graphs that use it are gone, and until all ranks part from each other: so graphs first, and processes last.
+        """
+        if self.model.parallel is None:
+            return
+        if self._followers is not None and not self._followers.part():
+            self._followers.close()
+            return
+        self._graphs.clear()
+        leave()
         if self._followers is not None:
             self._followers.close()
-            leave()
 
     def _new_event(self) -> torch.cuda.Event | None:
         return torch.cuda.Event(enable_timing=True) if self.device.type == "cuda" else None
