@@ -296,6 +296,7 @@ class Runner:
         """
         if self.device.type != "cuda":
             return
+        self._compile_exchanges()
         gc.collect()
         gc.disable()  # what is freed while a graph is captured may call CUDA, and that spoils the capture
         try:
@@ -305,6 +306,17 @@ class Runner:
                     yield key
         finally:
             gc.enable()
+
+    def _compile_exchanges(self) -> None:
+        """Run what a step exchanges with the host once in each way that Triton compiles it, so that no step waits for the compiler."""
+        here = torch.zeros(64, dtype=torch.int32, pin_memory=True)
+        there = torch.zeros(64, dtype=torch.int32, device=self.device)
+        for count in (1, 2, 16):
+            for start in (0, 1):  # aligned to 16 bytes, and not
+                self.ops.fetch_from_host(here[start : start + count], there[:count])
+                self.ops.scatter_from_host_(here[start : start + 2 * count].view(2, count), there)
+            self.ops.send_to_host(there.view(torch.int64)[:count], here.view(torch.int64)[:count])
+        torch.cuda.synchronize()
 
     def graph_keys(self) -> Iterator[GraphKey]:
         """Yield what a step can run as, the largest first."""

@@ -19,7 +19,9 @@ from engine.communicator import leave
 from engine.config import ServingConfig
 from engine.engine import Engine
 from engine.errors import UserError
+from engine.model import Model
 from engine.requests import Request
+from engine.runner import Runner
 from tests.engine.tiny import save_adapter, save_model, tiny_model
 
 COLUMN = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"]
@@ -89,22 +91,45 @@ def start():
     leave()
 
 
-def serve(runner, names, count=10):
+class Logits:
+    """Keeps every step's logits, of runners built after it: a captured graph rewrites the same tensor in each replay."""
+
+    def __init__(self, monkeypatch):
+        self._of, self._last, self._steps = {}, None, []
+        logits, forward, run = Model.logits, Runner._forward, Runner.run
+
+        def note_logits(model, rows):
+            self._last = logits(model, rows)
+            return self._last
+
+        def note_forward(runner, key, layout):
+            tokens = forward(runner, key, layout)
+            self._of[id(tokens)] = (tokens, self._last)  # with the tensor, as another one could get its id
+            return tokens
+
+        def note_run(runner, key, layout):
+            tokens = run(runner, key, layout)
+            self._steps.append(self._of[id(tokens)][1].clone())
+            return tokens
+
+        monkeypatch.setattr(Model, "logits", note_logits)
+        monkeypatch.setattr(Runner, "_forward", note_forward)
+        monkeypatch.setattr(Runner, "run", note_run)
+
+    def pop(self):
+        """Return the logits of the step that ran first of those not asked for."""
+        return self._steps.pop(0)
+
+
+def serve(runner, names, logits, count=10):
     """Serve requests of a mix of adapters; return (adapter, prompt, tokens, logits) of each."""
     rng = np.random.default_rng(3)
-    recorded, original = [], runner.model.logits
-
-    def logits(rows):
-        recorded.append(original(rows))
-        return recorded[-1]
-
-    runner.model.logits = logits
     engine = Engine(runner.blueprint, runner)
     rows = {}
     end = engine._end
 
     def note(flight, host_s):
-        step_logits = recorded.pop(0)
+        step_logits = logits.pop()
         for row, sequence in enumerate(flight.sampled.sequences):
             rows.setdefault(sequence.request.request_id, []).append(step_logits[row])
         end(flight, host_s)
@@ -144,17 +169,19 @@ def serve(runner, names, count=10):
         "8-replicated-kv-heads-shared",
     ],
 )
-def test_every_mode_equals_the_dense_computation(world, start, tp, sharding, names):
+def test_every_mode_equals_the_dense_computation(world, start, monkeypatch, tp, sharding, names):
+    steps = Logits(monkeypatch)
     runner = start(world, names, tp=tp, lora_sharding=sharding)
-    for adapter, prompt, tokens, logits in serve(runner, names):
+    for adapter, prompt, tokens, logits in serve(runner, names, steps):
         expected_tokens, expected = world.expected(adapter, prompt, len(tokens))
         assert tokens == expected_tokens, adapter
         assert (logits - expected).norm() / expected.norm() < LOGITS_TOLERANCE, adapter
 
 
-def test_without_tensor_parallelism_block_diagonal_runs_as_dense(world, start):
+def test_without_tensor_parallelism_block_diagonal_runs_as_dense(world, start, monkeypatch):
+    steps = Logits(monkeypatch)
     runner = start(world, ["bd2", "bd4"])
-    for adapter, prompt, tokens, _ in serve(runner, ["bd2", "bd4"], count=6):
+    for adapter, prompt, tokens, _ in serve(runner, ["bd2", "bd4"], steps, count=6):
         assert tokens == world.expected(adapter, prompt, len(tokens))[0]
 
 
