@@ -12,6 +12,7 @@ import typer
 
 from engine import torchrun
 from engine.adapter import AdapterSpec, adapters_of_trace, load_adapters
+from engine.budget import gpu_spec
 from engine.config import ServingConfig
 from engine.errors import UserError
 from engine.make_dynamic import make_dynamic
@@ -44,6 +45,9 @@ def profile(
             help="GPUs of a replica. 1 measures operators and steps; more measure steps in every way that adapters can be cut.",
         ),
     ] = 1,
+    gpu: Annotated[
+        str, typer.Option(help="The GPU's name in the catalogue, or a .json file that describes it.")
+    ] = "h200",
     quick: Annotated[
         bool, typer.Option(help="Thin every grid: a minute instead of several, to try the tool.")
     ] = False,
@@ -57,12 +61,14 @@ def profile(
     ] = 0,
 ) -> None:
     """Measure operators and whole steps on this GPU, over a designed grid, with medians over graph replays."""
-    config = ServingConfig(model=model, tp=tp, max_num_batched_tokens=max_num_batched_tokens)
+    config = ServingConfig(model=model, gpu=gpu, tp=tp, max_num_batched_tokens=max_num_batched_tokens)
+    kind = gpu_spec(gpu).name
     suffix = f".tp{tp}" if tp > 1 else ""
-    target = out / f"{Path(model).stem if Path(model).exists() else model}.{config.gpu}{suffix}.json"
+    target = out / f"{Path(model).stem if Path(model).exists() else model}.{kind}{suffix}.json"
     if target.exists():
         raise UserError(f"{target}: is there already")
     check_writable(target)
+    _check_gpu(gpu)
     if tp > 1:
         _profile_parallel(config, target, ranks, adapters, requests, quick)
         print(target)
@@ -75,6 +81,17 @@ def profile(
     temporary.write_text(_compact(data), encoding="utf-8")
     temporary.replace(target)
     print(target)
+
+
+def _check_gpu(gpu: str) -> None:
+    """Raise UserError where the GPU that is here is of another kind of the catalogue than is said; a described one is believed."""
+    import torch
+
+    if not torch.cuda.is_available() or gpu.endswith(".json"):
+        return
+    here = torch.cuda.get_device_name()
+    if gpu.lower().split("-")[0] not in here.lower():
+        raise UserError(f"--gpu {gpu}: the GPU here is {here!r}; say which with --gpu (docs/calibration.md)")
 
 
 def _profile_parallel(

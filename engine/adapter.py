@@ -5,16 +5,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from engine.dynamic_adapter import CONFIG_FILE, DynamicAdapterSpec, read_dynamic_config
 from engine.errors import UserError
 from engine.json_files import parse_json
+from engine.model_shape import MAX_RANK as MAX_RANK
 from engine.model_shape import MODULES
 from engine.peft_config import read_peft_config
 
 AdapterKind = Literal["lora", "bd_lora", "dynamic"]
 
-MAX_RANK = 256
 DEFAULT_RANK = 16
 """Rank of an adapter that nobody gave one: an assumption, to be said where results are shown."""
+
+DEFAULT_EXPERTS, DEFAULT_TOP_K = 8, 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,8 +25,8 @@ class AdapterSpec:
     """One adapter. ``rank`` is that of every target, but for those that ``rank_overrides`` names, as (module,
     rank).
 
-    nblocks: diagonal blocks of a ``bd_lora``; dense LoRA has 1. path: its PEFT folder; None means random
-    weights.
+    nblocks: diagonal blocks of a ``bd_lora``; dense LoRA has 1. path: its PEFT folder, or that of a dynamic adapter (docs/switch.md); None
+    means random weights. num_experts, top_k: of a ``dynamic`` one; 0 is what `expert_counts` says.
     """
 
     name: str
@@ -33,6 +36,8 @@ class AdapterSpec:
     target_modules: tuple[str, ...] = MODULES
     path: Path | None = None
     rank_overrides: tuple[tuple[str, int], ...] = ()
+    num_experts: int = 0
+    top_k: int = 0
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
@@ -54,16 +59,28 @@ class AdapterSpec:
             raise UserError("target_modules names a linear twice.")
         for module, rank in self.rank_overrides:
             _check_integer(f"rank of {module}", rank, 1, MAX_RANK)
+        if self.kind == "dynamic":
+            experts, top_k = self.expert_counts
+            DynamicAdapterSpec(name=self.name, num_experts=experts, top_k=top_k, rank=self.rank)
+        elif self.num_experts or self.top_k:
+            raise UserError("num_experts and top_k are of kind dynamic alone.")
         if any(rank % self.nblocks for rank in self.module_ranks):
             raise UserError(f"nblocks (={self.nblocks}) must divide rank (={self.rank}).")
 
     @property
     def module_ranks(self) -> tuple[int, ...]:
-        """The seven ranks in the order of MODULES, 0 where a linear is not a target."""
+        """The seven ranks that LoRA's kernels see, in the order of MODULES, 0 where a linear is not a target: all of a dynamic adapter's."""
+        if self.kind == "dynamic":
+            return (0,) * len(MODULES)
         overrides = dict(self.rank_overrides)
         return tuple(
             overrides.get(module, self.rank) if module in self.target_modules else 0 for module in MODULES
         )
+
+    @property
+    def expert_counts(self) -> tuple[int, int]:
+        """Experts of a dynamic adapter, and how many a token has: 8 and 2 unless it says otherwise."""
+        return self.num_experts or DEFAULT_EXPERTS, self.top_k or DEFAULT_TOP_K
 
 
 def load_adapters(path: str | Path) -> dict[str, AdapterSpec]:
@@ -121,7 +138,7 @@ def adapters_of_trace(
     return adapters
 
 
-_KEYS = ("name", "kind", "rank", "nblocks", "target_modules", "path")
+_KEYS = ("name", "kind", "rank", "nblocks", "target_modules", "path", "num_experts", "top_k")
 
 
 def _parse(line: str, folder: Path) -> AdapterSpec:
@@ -143,6 +160,11 @@ def _parse(line: str, folder: Path) -> AdapterSpec:
     if not isinstance(given["path"], str):
         raise UserError(f"path (={given['path']!r}) must be a string.")
     given["path"] = adapter_folder = folder / given["path"]
+    if given.get("kind", "dynamic") == "dynamic" and (adapter_folder / CONFIG_FILE).is_file():
+        spec = spec_of_dynamic(given["name"], adapter_folder)
+        found = {key: getattr(spec, key) for key in ("rank", "kind", "num_experts", "top_k")}
+        _check_agreement(AdapterSpec(**{**found, **given}), spec, record)
+        return spec
     # One layer stands for all here; the loader, who knows how many there are, checks that they agree.
     spec = spec_of_peft(given["name"], adapter_folder, num_layers=1)
     found = {"rank": spec.rank, "kind": spec.kind, "nblocks": spec.nblocks}
@@ -166,9 +188,23 @@ def spec_of_peft(name: str, folder: Path, num_layers: int) -> AdapterSpec:
     )
 
 
+def spec_of_dynamic(name: str, folder: Path) -> AdapterSpec:
+    """Return what a dynamic adapter's folder describes. Raises UserError naming file and field where it is not known."""
+    config = read_dynamic_config(folder, name)
+    return AdapterSpec(
+        name=name,
+        kind="dynamic",
+        rank=config.rank,
+        target_modules=config.targets,
+        path=folder,
+        num_experts=config.num_experts,
+        top_k=config.top_k,
+    )
+
+
 def _check_agreement(given: AdapterSpec, folder: AdapterSpec, record: Mapping[str, Any]) -> None:
     """Raise UserError where a key written in the file says something else than the adapter's own folder."""
-    for key in ("kind", "rank", "nblocks", "target_modules"):
+    for key in ("kind", "rank", "nblocks", "target_modules", "num_experts", "top_k"):
         wanted, found = getattr(given, key), getattr(folder, key)
         if key == "target_modules":
             wanted, found = set(wanted), set(found)

@@ -17,6 +17,7 @@ import torch
 
 from engine.errors import UserError
 from engine.host_store import HostAdapter, HostStore
+from engine.hot_table import HotTable
 from engine.layout import AdapterLayout
 from engine.model import Buffers
 from engine.step import Load
@@ -54,6 +55,8 @@ class AdapterLoader:
         self._flights: list[_Flight] = []
         self._finished: list[str] = []
         self._failed: list[tuple[str, str]] = []
+        self.slots: dict[str, int] = {}  # where each adapter was loaded last
+        self.hot: HotTable | None = None  # the adapter that is merged for good
         self.adapter_meta = np.zeros((max(1, num_adapters), TILE_COLUMNS), dtype=np.int32)
 
     @property
@@ -67,6 +70,7 @@ class AdapterLoader:
             self._failed.append((load.adapter, "the adapter is not registered"))
             return
         adapter = self._store[load.adapter]
+        self.slots[load.adapter] = load.slot
         self.register(load.slot, load.pages, adapter.layout)
         flight = _Flight(load, adapter)
         waits = any(other.stage is _Stage.WAITING for other in self._flights)
@@ -97,6 +101,18 @@ class AdapterLoader:
         meta[RANKS : RANKS + 7] = [rows_of_b for _, rows_of_b in layout.counts]
         meta[LAYER_ROWS] = layout.rows_per_layer
         meta[FIRST_B] = sum(rows_of_a for rows_of_a, _ in layout.counts)
+        if self.hot is not None and layout.reserved_rows:
+            meta[RANKS : RANKS + 7] = self.hot.ranks_with(layout)
+            meta[LAYER_ROWS] += self.hot.layout.rows_per_layer
+            meta[FIRST_B] += sum(rows_of_a for rows_of_a, _ in self.hot.layout.counts)
+
+    def host_adapter(self, name: str) -> HostAdapter:
+        """Return a registered adapter."""
+        return self._store[name]
+
+    def layout_of(self, name: str) -> AdapterLayout:
+        """Return the layout of a registered adapter."""
+        return self._store[name].layout
 
     def reset(self) -> None:
         """Forget all loads: wait until none of them touches memory any more, and report none."""
@@ -162,7 +178,10 @@ class AdapterLoader:
     def _begin_copy(self, flight: _Flight) -> None:
         flight.stage = _Stage.COPYING
         load, runs = flight.load, self._store.runs(flight.adapter)
-        table = flight.adapter.layout.table(load.pages)
+        layout = flight.adapter.layout
+        table = layout.table(load.pages)
+        if self.hot is not None and layout.reserved_rows:
+            table = self.hot.table_with(layout, table)
         runs[0][0].view(torch.int32)[: len(table)] = torch.from_numpy(table)
         stream = contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
         with stream:

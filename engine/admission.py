@@ -16,6 +16,7 @@ from engine.unified_pool import UnifiedPool
 _RESIDENT = AdapterState.RESIDENT
 
 MAX_LOADS_IN_FLIGHT = 8
+LOOKAHEAD_MERGED = 1024  # and so many for those of the adapter that is merged
 LOOKAHEAD_REQUESTS = 64  # so many waiting requests are looked at for admission and prefetch
 WATERMARK_SHARE = 0.01  # admission leaves so much of the pool free while others run, for their growth
 
@@ -51,6 +52,7 @@ class Admission:
         max_adapters_per_step: int | None,
     ) -> None:
         self.loads: list[Load] = []  # decided and not taken by the caller
+        self.only: str | None = None  # the adapter that is merged: only its requests start
         self.watermark_pages = max(1, int(memory.kv.num_pages * WATERMARK_SHARE))
         self._queue = queue
         self._memory = memory
@@ -71,7 +73,7 @@ class Admission:
         """
         if self._blocked and not changed and not self._queue.time_dependent:
             return
-        self._window = window = self._queue.window(LOOKAHEAD_REQUESTS, now_s, view)
+        self._window = window = self._look(now_s, view)
         admitted: list[Sequence] = []
         kept = _Kept()
         position = 0
@@ -106,6 +108,12 @@ class Admission:
         self._blocked = budget > 0
         if admitted:
             self._queue.drop(admitted)
+
+    def _look(self, now_s: float, view: QueueView) -> list[Sequence]:
+        if self.only is None:
+            return self._queue.window(LOOKAHEAD_REQUESTS, now_s, view)
+        window = self._queue.window(LOOKAHEAD_MERGED, now_s, view)
+        return [sequence for sequence in window if sequence.request.adapter == self.only][:LOOKAHEAD_REQUESTS]
 
     def _look_ahead(self, first: int, head: bool, now_s: float, kept: _Kept) -> None:
         """For requests that cannot start now, from place `first` of the window on: fetch their adapters, or keep them from being evicted.

@@ -34,7 +34,7 @@ Int32 = NDArray[np.int32]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchLimits:
     """What bounds a batch on one rank. max_rank: the largest adapter rank (0: no adapters); in_features, widths (of the
-    modules): of the four LoRA groups; lora_shards: GPUs over which A's rows of column-parallel modules are spread."""
+    modules): of the four LoRA groups; lora_shards: GPUs over which A's rows of column-parallel modules are spread. num_dynamic: dynamic adapters."""
 
     max_num_seqs: int
     max_rank: int
@@ -43,6 +43,7 @@ class BatchLimits:
     in_features: tuple[int, int, int, int]
     widths: tuple[tuple[int, ...], ...]
     lora_shards: int = 1
+    num_dynamic: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +102,7 @@ def batch_layout(tokens: int, limits: BatchLimits) -> BatchLayout:
         "decode_items": (samples + ATTENTION_PARTIAL_ROWS, 4),
         "combine": (ATTENTION_PARTIAL_ROWS // 2, 4),
         "prefill_items": (samples + tokens // block_q, 4),
+        **({"expert_rows": (limits.num_dynamic, tokens)} if limits.num_dynamic else {}),
         "lora_items": (items, ITEM_COLUMNS),  # last, so that only its head need travel
     }
     regions: dict[str, tuple[int, tuple[int, ...]]] = {}
@@ -113,12 +115,13 @@ def batch_layout(tokens: int, limits: BatchLimits) -> BatchLayout:
 
 @dataclass(slots=True)
 class DeviceBatch:
-    """The device views that one forward pass reads; `decode_only` and `with_lora` leave out what such steps do not need."""
+    """The device views that one forward pass reads; `decode_only`, `with_lora` and `with_experts` leave out what such steps do not need."""
 
     layout: BatchLayout
     views: dict[str, torch.Tensor]
     decode_only: bool
     with_lora: bool
+    with_experts: bool = False
 
 
 @dataclass(slots=True)

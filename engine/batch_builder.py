@@ -6,6 +6,7 @@ Only changes reach it: who joins and leaves the decodes, new pages, prefill chun
 from __future__ import annotations
 
 from collections.abc import Mapping
+from collections.abc import Sequence as Sequence_
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,11 +41,14 @@ class BatchBuilder:
         page_tokens: int,
         attention_items: int,
         adapter_meta: NDArray[np.int32],
+        dynamic_slots: Sequence_[int] = (),
     ) -> None:
         self._page_tokens = page_tokens
         self._max_pages = max_pages_per_seq
         self._attention_items = attention_items
         self._adapter_meta = adapter_meta
+        self._dynamic_of = {slot: number for number, slot in enumerate(dynamic_slots, start=1)}
+        self._dynamic = np.zeros(max_num_seqs, dtype=np.int32)  # its dynamic adapter, from 1 on; 0: none
         self._sequences: list[Sequence | None] = [None] * max_num_seqs
         self._slot_of: dict[Sequence, int] = {}
         self._kv_tokens = np.zeros(
@@ -88,6 +92,10 @@ class BatchBuilder:
         self._slot_of[sequence] = slot
         self._decoding[slot] = False
         self._adapter[slot] = NO_ADAPTER if sequence.resident is None else sequence.resident.slot
+        if self._dynamic_of:
+            self._dynamic[slot] = number = self._dynamic_of.get(int(self._adapter[slot]), 0)
+            if number:
+                self._adapter[slot] = NO_ADAPTER
         self._pages_written[slot] = len(sequence.pages)
         self._sample_params[slot] = sample_params(sampling.temperature, sampling.top_p, sampling.seed)
         updates.add_row(slot * self._max_pages, sequence.pages)
@@ -135,8 +143,31 @@ class BatchBuilder:
         self._pad(views, row, samples)
         self._plan_attention(layout, views, kv_tokens + 1, attention_chunks)
         self._plan_lora(layout, views, self._adapter[slots], chunks, rows)
+        if self._dynamic_of:
+            self._write_expert_rows(views["expert_rows"], slots, chunks)
         self._kv_tokens[slots] += 1
         return SampledRows([sequence for sequence in sequences if sequence is not None])
+
+    def has_experts(self, step: Step) -> bool:
+        """Whether a row of a step, which has been applied, has a dynamic adapter."""
+        if not self._dynamic_of:
+            return False
+        chunks = (self._dynamic[chunk.sequence.slot] for chunk in step.prefills)
+        return bool(self._dynamic[self._decoding].any()) or any(chunks)
+
+    def _write_expert_rows(
+        self, rows_of: NDArray[np.int32], slots: NDArray[np.int64], chunks: list[PrefillChunk]
+    ) -> None:
+        """Mark, for each dynamic adapter, which rows have it."""
+        rows_of[:] = 0
+        numbers = np.arange(1, len(rows_of) + 1)[:, None]
+        rows_of[:, : len(slots)] = self._dynamic[slots] == numbers
+        row = len(slots)
+        for chunk in chunks:
+            number = self._dynamic[chunk.sequence.slot]
+            if number:
+                rows_of[number - 1, row : row + chunk.length] = 1
+            row += chunk.length
 
     def _decode_slots(self) -> NDArray[np.int64]:
         """Return the slots of the decode rows in row order: by adapter, then by slot."""

@@ -9,8 +9,10 @@ from engine.adapter import AdapterSpec
 from engine.budget import MemoryPlan, geometry_of, plan_memory
 from engine.config import ServingConfig
 from engine.errors import UserError
+from engine.expert_budget import check_dynamic, dynamic_bytes, expert_footprint
 from engine.host_cache import HostCache
 from engine.layout import AdapterLayout, PageGeometry, Sharding, adapter_layout, adapter_sharding
+from engine.merge_choice import check_merge, max_rank_of
 from engine.model_shape import ModelShape, load_model_shape
 from engine.residency import AdapterFootprint
 from engine.scheduler import Scheduler, SchedulerLimits
@@ -28,16 +30,31 @@ class Blueprint:
     footprints: Mapping[str, AdapterFootprint]
 
     @property
+    def hot(self) -> AdapterSpec | None:
+        """The adapter that is merged into the weights for good."""
+        return _hot(self.config, self.adapters)
+
+    @property
+    def row_rank(self) -> int:
+        """Largest rank of one row's LoRA work: where an adapter is merged for good, of another one and it together; 0: there is none."""
+        return self.max_rank + (0 if self.hot is None else max(self.hot.module_ranks))
+
+    @property
     def max_adapters(self) -> int:
         """Most adapters on the GPU at a time: the tables that are indexed by slot have so many rows."""
-        return len(self.adapters) if self.config.max_adapters is None else self.config.max_adapters
+        if self.config.max_adapters is None:
+            return len(self.adapters)
+        return self.config.max_adapters + len(self.dynamic)
+
+    @property
+    def dynamic(self) -> dict[str, AdapterSpec]:
+        """The dynamic adapters, in order: on the GPU from the start, outside the pool."""
+        return {name: spec for name, spec in self.adapters.items() if spec.kind == "dynamic"}
 
     @property
     def max_rank(self) -> int:
         """Largest rank that may be served; 0: no adapters at all."""
-        if self.config.max_adapter_rank is not None:
-            return self.config.max_adapter_rank
-        return max((max(spec.module_ranks) for spec in self.adapters.values()), default=0)
+        return max_rank_of(self.config, self.adapters)
 
     @property
     def host_capacity_bytes(self) -> int | None:
@@ -51,7 +68,7 @@ class Blueprint:
 
     def layout_of(self, spec: AdapterSpec) -> AdapterLayout:
         """Return the places of the rows that an adapter like this has on one GPU."""
-        return _layout(self.config, self.model, self.geometry, spec)
+        return _layout(self.config, self.model, self.geometry, spec, self.hot)
 
     def sharding_of(self, spec: AdapterSpec) -> Sharding:
         """Return how an adapter like this is cut over the GPUs."""
@@ -59,7 +76,7 @@ class Blueprint:
 
     def footprint(self, spec: AdapterSpec) -> AdapterFootprint:
         """Return what an adapter takes on one GPU."""
-        return _footprint(self.config, self.model, self.geometry, spec)
+        return _footprint(self.config, self.model, self.geometry, spec, self.hot)
 
     def check_adapter(self, spec: AdapterSpec) -> None:
         """Raise UserError where an adapter can never be served beside those of the blueprint."""
@@ -79,7 +96,8 @@ class Blueprint:
         """Return which adapters are in host memory when serving starts: in their order, as far as it holds them."""
         cache: HostCache[str] = HostCache(self.host_capacity_bytes)
         for name, footprint in self.footprints.items():
-            cache.fill(name, footprint.copy_bytes)
+            if footprint.pages:
+                cache.fill(name, footprint.copy_bytes)
         return cache
 
     def new_scheduler(self) -> Scheduler:
@@ -98,6 +116,9 @@ class Blueprint:
             adapter_eviction=config.adapter_eviction,
             adapter_pool_pages=config.adapter_pool_pages,
             prefix_caching=config.prefix_caching,
+            hot_adapter=None if self.hot is None else self.hot.name,
+            fixed_adapters=tuple(self.dynamic),
+            merge_thresholds=(config.merge_alpha, config.merge_beta) if config.merge == "dynamic" else None,
         )
         return Scheduler(limits, self.memory.num_pages, self.footprints)
 
@@ -112,11 +133,13 @@ def blueprint(
             f"max_model_len={config.max_model_len} exceeds what {model.name} can attend to: {model.max_position_embeddings} tokens"
         )
     model.validate_tp(config.tp)
-    if config.merge != "never":
-        raise UserError(f"merge={config.merge!r} is not supported yet; use 'never'")
+    hot = _hot(config, adapters)
     geometry = geometry_of(config, model)
-    memory = plan_memory(config, model)
-    footprints = {name: _footprint(config, model, geometry, spec) for name, spec in adapters.items()}
+    check_dynamic(config, adapters)
+    if config.merge != "never":
+        check_merge(config, model, adapters, hot)
+    memory = plan_memory(config, model, max_rank_of(config, adapters), dynamic_bytes(config, model, adapters))
+    footprints = {name: _footprint(config, model, geometry, spec, hot) for name, spec in adapters.items()}
     _check_host_memory(config, footprints)
     _check_ranks(config, adapters)
     return Blueprint(
@@ -129,13 +152,31 @@ def blueprint(
     )
 
 
+def _hot(config: ServingConfig, adapters: Mapping[str, AdapterSpec]) -> AdapterSpec | None:
+    """Return the adapter that is merged for good. Raises UserError where there is none by that name."""
+    if config.merge != "hot":
+        return None
+    if config.merge_adapter is None:
+        raise UserError("merge='hot' needs merge_adapter: the adapter to be merged")
+    if config.merge_adapter not in adapters:
+        raise UserError(f"merge_adapter={config.merge_adapter!r} is not among the adapters given")
+    return adapters[config.merge_adapter]
+
+
 def _layout(
-    config: ServingConfig, model: ModelShape, geometry: PageGeometry, spec: AdapterSpec
+    config: ServingConfig,
+    model: ModelShape,
+    geometry: PageGeometry,
+    spec: AdapterSpec,
+    hot: AdapterSpec | None,
 ) -> AdapterLayout:
     if spec.kind == "dynamic":
-        raise UserError(f"adapter {spec.name!r}: kind {spec.kind!r} is not supported yet")
+        raise UserError(f"adapter {spec.name!r}: a dynamic adapter must be there from the start")
     sharding = _sharding(config, model, spec)
-    return adapter_layout(model, spec.module_ranks, geometry, tp=config.tp, sharding=sharding)
+    reserved = 0 if hot is None or hot.name == spec.name else 2 * sum(hot.module_ranks)
+    return adapter_layout(
+        model, spec.module_ranks, geometry, tp=config.tp, sharding=sharding, reserved_rows=reserved
+    )
 
 
 def _sharding(config: ServingConfig, model: ModelShape, spec: AdapterSpec) -> Sharding:
@@ -152,12 +193,24 @@ def _sharding(config: ServingConfig, model: ModelShape, spec: AdapterSpec) -> Sh
 
 
 def _footprint(
-    config: ServingConfig, model: ModelShape, geometry: PageGeometry, spec: AdapterSpec
+    config: ServingConfig,
+    model: ModelShape,
+    geometry: PageGeometry,
+    spec: AdapterSpec,
+    hot: AdapterSpec | None,
 ) -> AdapterFootprint:
-    layout = _layout(config, model, geometry, spec)
+    if spec.kind == "dynamic":
+        return expert_footprint(config, model, spec)
+    layout = _layout(config, model, geometry, spec, hot)
+    # A row of another adapter is multiplied by the merged one's factors too.
+    merged = (
+        0
+        if not layout.reserved_rows or hot is None
+        else _layout(config, model, geometry, hot, hot).payload_bytes
+    )
     return AdapterFootprint(
         pages=layout.num_pages,
-        weight_bytes=layout.payload_bytes,
+        weight_bytes=layout.payload_bytes + merged,
         copy_bytes=layout.num_pages * geometry.page_bytes,
     )
 

@@ -6,11 +6,16 @@ allows is the pool.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+import re
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
 
 from engine.config import ServingConfig
 from engine.errors import UserError
 from engine.graph_sizes import padded_tokens
+from engine.json_files import read_json
 from engine.layout import PageGeometry, page_geometry
 from engine.model_shape import ModelShape
 
@@ -64,16 +69,39 @@ GPUS: dict[str, GpuSpec] = {
 
 
 def gpu_spec(name: str) -> GpuSpec:
-    """Return a GPU of the catalogue. Raises UserError listing the known names."""
+    """Return a GPU of the catalogue, or the one that a JSON file describes. Raises UserError listing the known names, or naming the file."""
+    if name.endswith(".json"):
+        return parse_gpu(read_json(Path(name)), name)
     spec = GPUS.get(name.lower())
     if spec is None:
-        raise UserError(f"gpu {name!r} is not known; known: {', '.join(sorted(GPUS))}")
+        known = ", ".join(sorted(GPUS))
+        raise UserError(
+            f"gpu {name!r} is not known; known: {known}; or a .json file of one (docs/calibration.md)"
+        )
     return spec
+
+
+def parse_gpu(data: Any, path: str) -> GpuSpec:
+    """Check a GPU's JSON form. Raises UserError naming the file and the field."""
+    names = [item.name for item in fields(GpuSpec)]
+    if not isinstance(data, dict) or set(data) != set(names):
+        raise UserError(f"{path}: a GPU must be an object of {', '.join(names)}")
+    if not isinstance(data["name"], str) or not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", data["name"]):
+        raise UserError(f"{path}: name={data['name']!r} must be of a-z, 0-9, - and _")
+    for name in names[1:]:
+        value = data[name]
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise UserError(f"{path}: {name}={value!r} must be a number above 0")
+    return GpuSpec(**(data | {"memory_bytes": int(data["memory_bytes"])}))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryPlan:
-    """Bytes on one GPU. `unused_bytes` lies outside the share that the configuration allows."""
+    """Bytes on one GPU.
+
+    unused_bytes: outside the share that the configuration allows. merge_bytes: what merging keeps beside the weights. expert_bytes:
+    dynamic adapters.
+    """
 
     total_bytes: int
     weights_bytes: int
@@ -82,20 +110,28 @@ class MemoryPlan:
     page_bytes: int
     num_pages: int
     unused_bytes: int
+    merge_bytes: int = 0
+    expert_bytes: int = 0
 
     @property
     def pool_bytes(self) -> int:
         return self.page_bytes * self.num_pages
 
 
-def plan_memory(config: ServingConfig, model: ModelShape) -> MemoryPlan:
-    """Divide one GPU's memory. Raises UserError when the weights leave no room for the pool, saying by how much."""
+def plan_memory(
+    config: ServingConfig, model: ModelShape, merge_rank: int = 0, expert_bytes: int = 0
+) -> MemoryPlan:
+    """Divide one GPU's memory. Raises UserError when the weights leave no room for the pool, saying by how much.
+
+    merge_rank: the largest rank that may be merged into the weights. expert_bytes: of dynamic adapters, with what their steps need.
+    """
     gpu = gpu_spec(config.gpu)
     geometry = page_geometry(model, config.tp, config.page_tokens, config.itemsize_bytes)
     weights = model.weight_bytes(config.tp, config.itemsize_bytes)
     activations = activation_bytes(config, model)
     allowed = int(gpu.memory_bytes * config.gpu_memory_utilization)
-    room = allowed - weights - activations - RUNTIME_BYTES
+    merging = 0 if config.merge == "never" else merge_bytes(config, model, merge_rank)
+    room = allowed - weights - merging - expert_bytes - activations - RUNTIME_BYTES
     num_pages = config.num_pages if config.num_pages is not None else max(0, room) // geometry.page_bytes
     least = -(-config.max_model_len // config.page_tokens)
     if config.num_pages is not None and config.num_pages < least:
@@ -104,8 +140,10 @@ def plan_memory(config: ServingConfig, model: ModelShape) -> MemoryPlan:
         )
     if num_pages < least or num_pages * geometry.page_bytes > room:
         short = max(least, num_pages) * geometry.page_bytes - room
+        beside = f"what merging keeps {_gb(merging)}, " if merging else ""
+        beside += f"experts {_gb(expert_bytes)}, " if expert_bytes else ""
         raise UserError(
-            f"{config.model} at tp={config.tp} does not fit {config.gpu}: weights {_gb(weights)}, activations {_gb(activations)}, "
+            f"{config.model} at tp={config.tp} does not fit {config.gpu}: weights {_gb(weights)}, {beside}activations {_gb(activations)}, "
             f"runtime {_gb(RUNTIME_BYTES)} and a pool of {max(least, num_pages)} pages need {_gb(short)} more than "
             f"{config.gpu_memory_utilization:g} of {_gb(gpu.memory_bytes)}"
         )
@@ -116,12 +154,25 @@ def plan_memory(config: ServingConfig, model: ModelShape) -> MemoryPlan:
         runtime_bytes=RUNTIME_BYTES,
         page_bytes=geometry.page_bytes,
         num_pages=num_pages,
+        merge_bytes=merging,
+        expert_bytes=expert_bytes,
         unused_bytes=gpu.memory_bytes
         - weights
+        - merging
+        - expert_bytes
         - activations
         - RUNTIME_BYTES
         - num_pages * geometry.page_bytes,
     )
+
+
+def merge_bytes(config: ServingConfig, model: ModelShape, rank: int) -> int:
+    """Return the bytes of the pristine copy of all seven linears, of one adapter's factors as the merge reads them, and of the index that
+    gathers those: 8 bytes for each 128 (engine/static_merge.py)."""
+    linears = model.linear_shapes(config.tp).values()
+    copy = model.num_layers * sum(out * inputs for out, inputs in linears) * config.itemsize_bytes
+    factors = model.num_layers * rank * sum(out + inputs for out, inputs in linears) * config.itemsize_bytes
+    return copy + factors + factors // 4
 
 
 def activation_bytes(config: ServingConfig, model: ModelShape) -> int:

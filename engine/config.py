@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 from engine.errors import UserError
 from engine.json_files import read_json
+from engine.router_costs import RouterCosts
 
 LoraSharding = Literal["replicated", "block_diagonal", "slora", "slora_published"]
 Merge = Literal["never", "hot", "dynamic"]
@@ -17,7 +18,7 @@ Backend = Literal["triton", "reference"]
 Dtype = Literal["bfloat16", "float16", "float32"]
 SchedulerPolicy = Literal["fcfs", "clustered", "fair", "slo"]
 AdapterEviction = Literal["lru", "gdsf"]
-RouterPolicy = Literal["round_robin", "least_loaded", "adapter_affinity"]
+RouterPolicy = Literal["round_robin", "least_loaded", "adapter_affinity", "cost_aware"]
 Placement = Literal["everywhere", "partitioned", "hot_replicated"]
 Collectives = Literal["fast", "nccl"]
 
@@ -68,7 +69,7 @@ class ServingConfig:
     """What to serve, on what, and how.
 
     model: a catalogue name or a path to a Hugging Face `config.json` (or its folder).
-    gpu: a name of the GPU catalogue (`engine/budget.py`).
+    gpu: a name of the GPU catalogue (`engine/budget.py`), or a .json file that describes one.
     tp, replicas: GPUs a replica, and replicas behind the router.
     max_num_batched_tokens: most tokens (decode rows and prefill chunks) of one step.
     max_adapters_per_step: most distinct adapters among the running requests; None is no limit.
@@ -80,10 +81,14 @@ class ServingConfig:
     adapter_pool_pages: pages fenced off for adapters, the rest for KV alone; None is one pool for both.
     ttft_slo_s: what the scheduler `slo` holds first tokens to; it turns away what would be later.
     adapter_weights: shares of the scheduler `fair` by adapter; one that is not named has 1.
+    router_costs: what the router `cost_aware` prices requests by (engine/router_costs.py), as `python -m sim router-costs` writes it.
     placement: which replicas serve which adapters: everywhere, partitioned (one each), or hot_replicated (popular ones everywhere).
     adapter_popularity: traffic by adapter in any unit, for the placement; one that is not named has the mean.
     max_adapter_rank: largest rank that may be registered while serving; None is that of the adapters given at the start.
     max_adapters: most adapters on the GPU at a time while serving; None is those given at the start.
+    merge: never; hot, one adapter merged into the weights for good; dynamic, whichever adapter most requests ask for (docs/switch.md).
+    merge_adapter: the one that `hot` merges; None is the trace's most frequent one.
+    merge_alpha, merge_beta: `dynamic` merges an adapter from this share of the unfinished requests on, and keeps it from that share on.
     collectives: how GPUs of one replica exchange: fast, by kernels that read each other's memory where that is faster, or all by nccl.
 
     Raises UserError naming field, value and bound.
@@ -96,6 +101,9 @@ class ServingConfig:
     replicas: int = 1
     lora_sharding: LoraSharding = "replicated"
     merge: Merge = "never"
+    merge_adapter: str | None = None
+    merge_alpha: float = 1.0
+    merge_beta: float = 15 / 27
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 1024
     max_model_len: int = 8192
@@ -104,6 +112,7 @@ class ServingConfig:
     host_memory_bytes: int | None = None
     scheduler: SchedulerPolicy = "fcfs"
     router: RouterPolicy = "least_loaded"
+    router_costs: Mapping[str, float] | None = field(default=None, hash=False)
     placement: Placement = "everywhere"
     page_tokens: int = 16
     num_pages: int | None = None
@@ -143,6 +152,20 @@ class ServingConfig:
             raise UserError(f"config: ttft_slo_s={self.ttft_slo_s!r} must be a number above 0")
         if self.scheduler == "slo" and self.ttft_slo_s is None:
             raise UserError("config: scheduler='slo' needs ttft_slo_s")
+        if self.merge_adapter is not None and not (
+            isinstance(self.merge_adapter, str) and self.merge_adapter
+        ):
+            raise UserError(f"config: merge_adapter={self.merge_adapter!r} must be a name")
+        for name in ("merge_alpha", "merge_beta"):
+            value = getattr(self, name)
+            if not _is_positive(value) or value > 1:
+                raise UserError(f"config: {name}={value!r} must be in (0, 1]")
+        if self.router == "cost_aware" and self.router_costs is None:
+            raise UserError(
+                "config: router='cost_aware' needs router_costs; `python -m sim router-costs` writes them"
+            )
+        if self.router_costs is not None:
+            RouterCosts.from_json(self.router_costs)
         for name in ("adapter_weights", "adapter_popularity"):
             _check_shares(name, getattr(self, name))
         if self.max_num_batched_tokens < self.max_num_seqs:

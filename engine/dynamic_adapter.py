@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from engine.adapter import MAX_RANK
 from engine.errors import UserError
 from engine.json_files import read_json
-from engine.model_shape import GROUPS, MODULES, ModelShape
+from engine.model_shape import GROUPS, MAX_RANK, MODULES, ModelShape
 
 RouterStyle = Literal["switch", "layerwise"]
 """``switch``: one router, at the first adapted linear, whose gates all layers use (LoRA-Switch). ``layerwise``: one a layer, at that layer's

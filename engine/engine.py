@@ -80,7 +80,7 @@ class Engine:
     ) -> None:
         self.blueprint = blueprint
         self.runner = runner
-        self.scheduler: Scheduler = blueprint.new_scheduler()
+        self.scheduler = self._new_scheduler()
         started_s = time.perf_counter()
         self.clock: Callable[[], float] = clock or (lambda: time.perf_counter() - started_s)
         self.on_token: Callable[[Generation, int], None] | None = None
@@ -91,6 +91,14 @@ class Engine:
         self._generations: dict[Sequence, Generation] = {}
         self._in_flight: InFlight | None = None
         self._leaving: list[str] = []  # adapters to be forgotten when the scheduler has
+
+    def _new_scheduler(self) -> Scheduler:
+        scheduler, merging = self.blueprint.new_scheduler(), self.runner.merging
+        if merging is not None and scheduler.hot is not None:
+            merging.merge_for_good(scheduler.hot)
+        if merging is not None and scheduler.merging is not None:
+            scheduler.merging.may_merge = merging.may_merge
+        return scheduler
 
     # ---- requests ----
 
@@ -188,7 +196,7 @@ class Engine:
         registered = self.scheduler.residency.footprints
         self.runner.reset()
         self._in_flight = None
-        self.scheduler = self.blueprint.new_scheduler()
+        self.scheduler = self._new_scheduler()
         for name, footprint in registered.items():
             if name in self._leaving:
                 self.runner.store.remove(name)

@@ -41,8 +41,8 @@ class ExpertRoute:
         """Make what a single token chose the token before's, for merging in place."""
         self.segments[self.spec.top_k :].copy_(self.segments[: self.spec.top_k])
 
-    def fill(self, x: torch.Tensor, router: torch.Tensor) -> None:
-        """Route the tokens x [T, in] by a router's weight [N, in]."""
+    def fill(self, x: torch.Tensor, router: torch.Tensor, active: torch.Tensor | None = None) -> None:
+        """Route the tokens x [T, in] by a router's weight [N, in]. active: int32 [T]; a token with 0 is routed nowhere."""
         self._route_top_k(
             F.linear(x, router),
             self.indices,
@@ -51,4 +51,5 @@ class ExpertRoute:
             self.touched,
             renormalise=self.spec.renormalise,
             tile_tokens=self.tile_tokens,
+            active=active,
         )

@@ -100,7 +100,9 @@ class HostStore:
 
         In their order they are packed into host memory as far as it holds them; the others stay on disk.
         """
-        adapters = [self._adapter(spec) for spec in self._blueprint.adapters.values()]
+        adapters = [
+            self._adapter(spec) for spec in self._blueprint.adapters.values() if spec.kind != "dynamic"
+        ]
         with self._lock:
             packed = [adapter for adapter in adapters if self.cache.fill(adapter, adapter.num_bytes)]
             for adapter in packed:

@@ -163,7 +163,7 @@ class AdapterLayout:
 
     counts, lengths: rows and elements a row, by module and side. row_units: ``[num_rows]`` int64, where each
     row starts, as page ordinal × units per page + unit in the page. Build with ``adapter_layout``, which
-    checks and caches.
+    checks and caches. reserved_rows: entries a layer that the row table has room for beyond its own (engine/hot_table.py).
     """
 
     geometry: PageGeometry
@@ -172,6 +172,7 @@ class AdapterLayout:
     row_units: NDArray[np.int64]
     num_pages: int
     _ordinals: NDArray[np.int64] = field(repr=False)
+    reserved_rows: int = 0
 
     @property
     def num_rows(self) -> int:
@@ -186,7 +187,7 @@ class AdapterLayout:
     @property
     def table_bytes(self) -> int:
         """Bytes of the row table, padding to 128 included."""
-        return _align_up(4 * self.num_rows)
+        return _align_up(4 * (self.num_rows + self.geometry.num_layers * self.reserved_rows))
 
     @property
     def payload_bytes(self) -> int:
@@ -230,17 +231,18 @@ def adapter_layout(
     *,
     tp: int = 1,
     sharding: Sharding = "replicated",
+    reserved_rows: int = 0,
 ) -> AdapterLayout:
     """Return the layout of an adapter with these seven ranks on one of ``tp`` GPUs; equal questions get the
-    same object.
+    same object. reserved_rows: further entries a layer that its row table must have room for.
 
     Raises UserError, naming the ``page_tokens`` needed, where the row table or a row does not fit a page.
     """
-    return _layout(row_counts(ranks, tp, sharding), row_lengths(model, tp, sharding), geometry)
+    return _layout(row_counts(ranks, tp, sharding), row_lengths(model, tp, sharding), geometry, reserved_rows)
 
 
 @lru_cache(maxsize=4096)
-def _layout(counts: Pairs, lengths: Pairs, geometry: PageGeometry) -> AdapterLayout:
+def _layout(counts: Pairs, lengths: Pairs, geometry: PageGeometry, reserved_rows: int = 0) -> AdapterLayout:
     bytes_of_rows = [
         _align_up(length[side] * geometry.itemsize)
         for side in (0, 1)
@@ -250,10 +252,11 @@ def _layout(counts: Pairs, lengths: Pairs, geometry: PageGeometry) -> AdapterLay
     if not bytes_of_rows:
         raise UserError("an adapter must target at least one linear.")
     row_sizes = np.tile(np.array(bytes_of_rows, dtype=np.int64) // ROW_ALIGN_BYTES, geometry.num_layers)
-    table_bytes = _align_up(4 * len(row_sizes))
+    entries = len(row_sizes) + geometry.num_layers * reserved_rows
+    table_bytes = _align_up(4 * entries)
     needed = max(table_bytes, max(bytes_of_rows))
     if needed > geometry.page_bytes:
-        what = f"row table of {len(row_sizes)} rows" if needed == table_bytes else "longest row"
+        what = f"row table of {entries} rows" if needed == table_bytes else "longest row"
         raise UserError(
             f"the adapter's {what} ({needed} bytes) does not fit a page of {geometry.page_bytes} bytes "
             f"(page_tokens = {geometry.page_tokens}): page_tokens must be at least "
@@ -269,6 +272,7 @@ def _layout(counts: Pairs, lengths: Pairs, geometry: PageGeometry) -> AdapterLay
         row_units=row_units,
         num_pages=int(ordinals[-1]) + 1,
         _ordinals=ordinals,
+        reserved_rows=reserved_rows,
     )
 
 

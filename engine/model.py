@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from engine.batch import DeviceBatch
 from engine.budget import ATTENTION_PARTIAL_ROWS
 from engine.config import ServingConfig
+from engine.expert_layers import ExpertLayers
 from engine.layout import PageGeometry
 from engine.model_shape import GROUPS, ModelShape
 from engine.ops import Ops
@@ -59,8 +60,10 @@ class Model:
         buffers: Buffers,
         max_rank: int,
         parallel: TensorParallel | None = None,
+        experts: ExpertLayers | None = None,
     ) -> None:
         self.parallel = parallel
+        self.experts = experts
         self.communicator = None if parallel is None else parallel.communicator
         self.shape = shape
         self.weights = weights
@@ -122,7 +125,22 @@ class Model:
         weight: torch.Tensor,
         bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Return x · Wᵀ (+ bias) with each row's adapter added."""
+        """Return x · Wᵀ (+ bias) with each row's adapter added, its experts included."""
+        y = self._with_lora(batch, layer, group, x, weight, bias)
+        if batch.with_experts and self.experts is not None:
+            self.experts.add_(batch.views["expert_rows"], layer, group, x, y)
+        return y
+
+    def _with_lora(
+        self,
+        batch: DeviceBatch,
+        layer: int,
+        group: int,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Return x · Wᵀ (+ bias) with each row's ordinary adapter added."""
         if not batch.with_lora:
             return self._product(group, x, weight, bias)
         if self._products is None:

@@ -13,6 +13,9 @@ from typing import Any, Literal
 from engine.errors import UserError
 from engine.json_files import read_json
 
+MAX_RANK = 256
+"""Largest rank of an adapter that is served."""
+
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The seven linears of a layer, in the order that every rank tuple and row table uses."""
 

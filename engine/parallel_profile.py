@@ -22,6 +22,7 @@ from torch.multiprocessing.spawn import spawn
 
 from engine.adapter import AdapterSpec
 from engine.blueprint import Blueprint, blueprint
+from engine.budget import gpu_spec
 from engine.build import Progress, device_for
 from engine.communicator import Communicator
 from engine.config import Collectives, LoraSharding, ServingConfig
@@ -368,7 +369,7 @@ def _write(
 ) -> None:
     data: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
-        "gpu": config.gpu,
+        "gpu": gpu_spec(config.gpu).name,
         "model": config.model,
         "model_name": model.name,
         "tp": config.tp,

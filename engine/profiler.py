@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
 
 from engine.adapter import AdapterSpec
+from engine.budget import gpu_spec
 from engine.build import Progress, build_runner
 from engine.config import ServingConfig
 from engine.engine import Engine
@@ -70,7 +71,8 @@ def profile(
     host = _profile_host(runner)
     return {
         "schema_version": SCHEMA_VERSION,
-        "gpu": config.gpu,
+        "gpu": gpu_spec(config.gpu).name,
+        "gpu_spec": asdict(gpu_spec(config.gpu)),
         "model": config.model,
         "dtype": config.dtype,
         "page_tokens": config.page_tokens,

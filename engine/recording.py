@@ -15,6 +15,7 @@ from engine.blueprint import Blueprint, blueprint
 from engine.build import Progress, build_runner
 from engine.config import ServingConfig
 from engine.engine import Engine
+from engine.merge_choice import with_hot_adapter
 from engine.provenance import provenance
 from engine.replay import Served, replay, replay_on_replicas, requests_frame, steps_frame
 from engine.replica_process import ReplicaReport
@@ -34,6 +35,7 @@ def record_replays(
     progress: Progress,
 ) -> list[dict[str, float]]:
     """Serve traces in real time, one after the other on one runner and each from a cold GPU; write each record; return the metrics."""
+    config = with_hot_adapter(config, (row.adapter for trace, _ in replays for row in trace.requests))
     plan = blueprint(config, adapters)  # what is wrong with the configuration itself is said first
     if config.replicas > 1:
         return _record_on_replicas(plan, replays, seed, load_level, progress)

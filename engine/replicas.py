@@ -9,6 +9,7 @@ import contextlib
 import multiprocessing
 import queue
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -68,7 +69,7 @@ class Replicas:
         self.questions = Questions()
         self.on_news: Callable[[], None] = lambda: None
         self.lost: list[int] = []
-        self._router = Router(config.router, config.replicas, places_of(config, adapters))
+        self._router = Router.of(config, places_of(config, adapters))
         self._errands: dict[int | str, Errand] = {}
         self._inbox: queue.SimpleQueue[tuple[int, Message]] = queue.SimpleQueue()
         pipes, self._processes = [], []
@@ -129,7 +130,9 @@ class Replicas:
         """Route a request and send it, with what else `_Replica.add` takes; return the replica. Raises ReplicaError where none is left."""
         if not self.alive:
             raise ReplicaError("no replica is left")
-        index = self._router.route(request.adapter, request.prompt_tokens + request.output_tokens)
+        index = self._router.route(
+            request.adapter, request.prompt_tokens, request.output_tokens, time.perf_counter()
+        )
         self._errands[request.request_id] = Errand(request, (prompt, *options), index)
         self.tell(index, ("request", request, prompt, *options))
         return index
@@ -139,7 +142,9 @@ class Replicas:
         errand = self._errands.pop(request_id, None)
         if errand is None:
             return None
-        self._router.finished(errand.replica, errand.request.prompt_tokens + errand.request.output_tokens)
+        request = errand.request
+        tokens = request.prompt_tokens + request.output_tokens
+        self._router.finished(errand.replica, tokens, request.adapter)
         return errand.replica
 
     def replica_of(self, request_id: int | str) -> int | None:

@@ -25,11 +25,22 @@ _RESIDENT = AdapterState.RESIDENT  # Python looks a member of an enumeration up 
 
 @dataclass(frozen=True, slots=True)
 class AdapterFootprint:
-    """What an adapter takes on one GPU: whole pages, the bytes of its weights in them, and those that a load copies (the pages')."""
+    """What an adapter takes on one GPU: whole pages, the bytes of its weights in them, and those that a load copies (the pages').
+
+    experts: how many a dynamic adapter has and gives a token; its weights lie outside the pool, and weight_bytes are those that one token reads.
+    """
 
     pages: int
     weight_bytes: int
     copy_bytes: int
+    experts: tuple[int, int] | None = None
+
+    def bytes_of(self, rows: int) -> float:
+        """Return the weight bytes that so many rows read together; of a dynamic adapter, those of the experts that they are expected to choose."""
+        if self.experts is None or not rows:
+            return self.weight_bytes if rows else 0
+        experts, top_k = self.experts
+        return self.weight_bytes / top_k * experts * (1 - (1 - top_k / experts) ** rows)
 
 
 @dataclass(slots=True, eq=False)
@@ -68,6 +79,7 @@ class Residency:
         self._max_adapters = max_adapters
         self._on_evict = on_evict
         self.held: dict[str, ResidentAdapter] = {}
+        self.pinned: set[str] = set()  # used by nobody's request and yet for good
         self._idle: IdleOrder = new_idle_order(eviction)
         self._idle_pages = 0
         self._ticks = 0
@@ -169,6 +181,11 @@ class Residency:
         adapter.users -= 1
         if adapter.users == 0:
             self._make_idle(adapter)
+
+    def pin(self, name: str) -> None:
+        """Keep a resident adapter for good."""
+        self.acquire(name)
+        self.pinned.add(name)
 
     def touch(self, name: str) -> None:
         """Note that an idle adapter will be used soon."""

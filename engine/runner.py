@@ -24,10 +24,12 @@ from engine.batch_builder import BatchBuilder, SampledRows
 from engine.blueprint import Blueprint
 from engine.communicator import Communicator, leave
 from engine.errors import UserError
+from engine.expert_layers import experts_of
 from engine.followers import Followers, GroupLoader
 from engine.graph_sizes import graph_sizes, padded_tokens
 from engine.group_store import GroupStore
 from engine.host_store import HostStore
+from engine.merging import Merging
 from engine.model import DECODE_PROGRAMS, Model, lora_widths, new_buffers
 from engine.model_shape import GROUPS
 from engine.ops import ops_for
@@ -65,11 +67,12 @@ class InFlight:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GraphKey:
-    """Which captured graph a step runs: padded tokens, without prefill chunks, with adapters."""
+    """Which captured graph a step runs: padded tokens, without prefill chunks, with adapters, with dynamic ones."""
 
     tokens: int
     decode_only: bool
     with_lora: bool
+    with_experts: bool = False
 
 
 class Runner:
@@ -129,6 +132,7 @@ class Runner:
             self.buffers,
             self._limits.max_rank,
             parallel,
+            experts_of(blueprint, seed=seed, dtype=self.dtype, device=device, most_tokens=most_tokens),
         )
         rank = 0 if communicator is None else communicator.rank
         self.store: HostStore | GroupStore = HostStore(blueprint, self.dtype, device, seed=seed, rank=rank)
@@ -136,12 +140,17 @@ class Runner:
             self.store, self.buffers, blueprint.max_adapters, blueprint.geometry.units_per_page
         )
         self.loader = own_loader if followers is None else GroupLoader(own_loader, followers, config.tp)
+        self.merging: Merging | None = None
+        if config.merge != "never":
+            self.merging = Merging(blueprint, weights, self.buffers, own_loader)
+        first_fixed = int(blueprint.hot is not None)  # the scheduler holds them first, in this order
         self.builder = BatchBuilder(
             max_num_seqs=config.max_num_seqs,
             max_pages_per_seq=self.buffers.page_table.shape[1],
             page_tokens=config.page_tokens,
             attention_items=max(1, DECODE_PROGRAMS // blueprint.model.kv_heads_per_rank(config.tp)),
             adapter_meta=self.loader.adapter_meta,
+            dynamic_slots=range(first_fixed, first_fixed + len(blueprint.dynamic)),
         )
         pin = device.type == "cuda"
         updates = 2 * config.max_num_seqs * self.buffers.page_table.shape[1]
@@ -202,6 +211,8 @@ class Runner:
         started, ended = self._new_event(), self._new_event()
         if started is not None:
             started.record()  # before the copy: that too takes the GPU's time
+        if self.merging is not None:
+            self.merging.follow(step.merged)
         self.send(layout, host.metadata, updates)
         tokens = self.run(key, layout)
         self.ops.send_to_host(tokens, host.tokens[: len(tokens)])
@@ -262,7 +273,15 @@ class Runner:
     def key(self, step: Step) -> GraphKey:
         tokens = padded_tokens(step.shape.tokens, self.blueprint.config.graph_max_tokens)
         decode_only = step.shape.prefill_tokens == 0
+        if self.model.experts is not None:
+            return self._key_with_experts(step, tokens, decode_only)
         return GraphKey(tokens=tokens, decode_only=decode_only, with_lora=step.shape.lora_tokens > 0)
+
+    def _key_with_experts(self, step: Step, tokens: int, decode_only: bool) -> GraphKey:
+        """Where there are dynamic adapters: a step with some of them runs LoRA's kernels too, if there may be ordinary ones."""
+        experts = self.builder.has_experts(step)
+        lora = self._limits.max_rank > 0 and (experts or step.shape.lora_tokens > 0)
+        return GraphKey(tokens=tokens, decode_only=decode_only, with_lora=lora, with_experts=experts)
 
     def send(self, layout: BatchLayout, metadata: torch.Tensor, updates: PageUpdates) -> None:
         """Copy a step's metadata and page table changes to the device. metadata: pinned int32, with room for the changes behind the layout."""
@@ -283,7 +302,8 @@ class Runner:
         return self._forward(key, layout)
 
     def _forward(self, key: GraphKey, layout: BatchLayout) -> torch.Tensor:
-        batch = DeviceBatch(layout, layout.views(self.device_metadata), key.decode_only, key.with_lora)
+        views = layout.views(self.device_metadata)
+        batch = DeviceBatch(layout, views, key.decode_only, key.with_lora, key.with_experts)
         with torch.inference_mode():
             return self.model.forward(batch)
 
@@ -330,6 +350,9 @@ class Runner:
                     continue
                 for with_lora in (False, True) if self._limits.max_rank else (False,):
                     yield GraphKey(tokens=tokens, decode_only=decode_only, with_lora=with_lora)
+                if self.model.experts is not None:
+                    lora = self._limits.max_rank > 0
+                    yield GraphKey(tokens=tokens, decode_only=decode_only, with_lora=lora, with_experts=True)
 
     def _capture_one(self, key: GraphKey) -> None:
         if self._graph_pool is None:
@@ -357,10 +380,11 @@ def _limits_of(blueprint: Blueprint) -> BatchLimits:
     inputs = tuple(linears[group[0]][1] for group in GROUPS)
     return BatchLimits(
         max_num_seqs=config.max_num_seqs,
-        max_rank=blueprint.max_rank,
+        max_rank=blueprint.row_rank,
         num_heads=model.heads_per_rank(config.tp),
         num_kv_heads=model.kv_heads_per_rank(config.tp),
         in_features=(inputs[0], inputs[1], inputs[2], inputs[3]),
         widths=lora_widths(model, config),
         lora_shards=config.tp if config.exchanges_lora else 1,
+        num_dynamic=len(blueprint.dynamic),
     )

@@ -16,16 +16,18 @@ class RunningSet:
     """Sequences from their admission until what they hold is given back.
 
     active: those in prefill or decode, oldest admission first. finishing: those whose last token is planned, in a step that is not complete.
-    adapters: how many of either use each adapter.
+    adapters: how many of either use each adapter. merged: an adapter that is in the weights for good: its requests' rows need no LoRA, and
+    those of the base take it out again.
     """
 
-    def __init__(self, max_num_seqs: int, memory: UnifiedPool) -> None:
+    def __init__(self, max_num_seqs: int, memory: UnifiedPool, merged: str | None = None) -> None:
         self.active: dict[Sequence, None] = {}
         self.finishing: dict[Sequence, None] = {}
         self.adapters: dict[str, int] = {}
         self.free_slots = list(range(max_num_seqs - 1, -1, -1))
         self._max_num_seqs = max_num_seqs
         self._memory = memory
+        self._merged = merged
 
     def __len__(self) -> int:
         return len(self.active) + len(self.finishing)
@@ -44,6 +46,9 @@ class RunningSet:
                 sequence.load_wait_s = resident.load_finished_s - max(
                     request.arrival_s, resident.load_started_s
                 )
+        if self._merged is not None:
+            merged = self._memory.residency.get(self._merged)
+            sequence.resident = None if name == self._merged else sequence.resident or merged
         sequence.pages = self._memory.admit(request, pages, matched)
         sequence.held_pages = pages
         sequence.slot = self.free_slots.pop()
@@ -65,10 +70,10 @@ class RunningSet:
         sequence.held_pages = 0
         self.free_slots.append(sequence.slot)
         sequence.slot = -1
-        if sequence.resident is not None:
-            name = sequence.resident.name
+        sequence.resident = None
+        name = sequence.request.adapter
+        if name is not None:
             self._memory.residency.release(name)
-            sequence.resident = None
             users = self.adapters[name] - 1
             if users:
                 self.adapters[name] = users
@@ -81,7 +86,10 @@ class RunningSet:
         assert sorted(slots + self.free_slots) == list(range(self._max_num_seqs)), "slots are not conserved"
         users: dict[str, int] = {}
         for sequence in self:
-            if sequence.resident is not None:
-                users[sequence.resident.name] = users.get(sequence.resident.name, 0) + 1
+            if (name := sequence.request.adapter) is not None:
+                users[name] = users.get(name, 0) + 1
         assert users == self.adapters
-        assert all(self._memory.residency.get(name).users == count for name, count in users.items())
+        residency = self._memory.residency
+        assert all(
+            residency.get(name).users == count + (name in residency.pinned) for name, count in users.items()
+        )

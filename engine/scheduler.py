@@ -8,11 +8,12 @@ step n+1 may be planned before step n completes. Who is admitted, `engine/admiss
 from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 
 from engine.admission import Admission
-from engine.config import AdapterEviction, SchedulerPolicy
 from engine.decode_set import DecodeSet
+from engine.errors import UserError
+from engine.merge_mode import MergeMode
+from engine.merge_policy import MergePolicy
 from engine.pool import PagePool
 from engine.prefills import Prefills
 from engine.queues import new_queue
@@ -20,6 +21,7 @@ from engine.registered_adapters import RegisteredAdapters
 from engine.requests import Request
 from engine.residency import AdapterFootprint, Residency
 from engine.running_set import RunningSet
+from engine.scheduler_limits import SchedulerLimits as SchedulerLimits
 from engine.sequence import Phase, Sequence
 from engine.step import Load, PrefillChunk, Step
 from engine.step_shape import shape_of
@@ -28,24 +30,6 @@ from engine.unified_pool import UnifiedPool
 # Python looks a member of an enumeration up in 0.15 µs, a global in none; these are asked for in every plan.
 _DECODE = Phase.DECODE
 _DONE = Phase.DONE
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SchedulerLimits:
-    """The part of a serving configuration that the scheduler obeys."""
-
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    max_model_len: int
-    page_tokens: int
-    max_adapters_per_step: int | None = None
-    max_adapters: int | None = None
-    policy: SchedulerPolicy = "fcfs"
-    ttft_slo_s: float | None = None
-    adapter_weights: Mapping[str, float] = field(default_factory=dict, hash=False)
-    adapter_eviction: AdapterEviction = "lru"
-    adapter_pool_pages: int | None = None
-    prefix_caching: bool = True
 
 
 class RefusedError(ValueError):
@@ -78,7 +62,7 @@ class Scheduler:
         )
         self.preemptions = 0
         self._adapters = RegisteredAdapters(self.memory)
-        self._running = RunningSet(limits.max_num_seqs, self.memory)
+        self._running = RunningSet(limits.max_num_seqs, self.memory, limits.hot_adapter)
         self._prefills = Prefills(limits.page_tokens, self.memory, self.queue)
         self._decoding = DecodeSet(limits.page_tokens)
         self._admission = Admission(
@@ -90,6 +74,19 @@ class Scheduler:
             max_adapters_per_step=limits.max_adapters_per_step,
         )
         self.loads: list[Load] = self._admission.loads  # decided and not taken yet
+        self.hot: Load | None = None if limits.hot_adapter is None else self._hold(limits.hot_adapter)
+        self.fixed = [self._hold(name) for name in limits.fixed_adapters]
+        self.residency.loads = 0  # what is there from the start is none
+        self.merging: MergeMode | None = None
+        if limits.merge_thresholds is not None:
+            self.merging = MergeMode(
+                MergePolicy(*limits.merge_thresholds),
+                self.residency,
+                self._running,
+                self._prefills,
+                self._decoding,
+                self._admission,
+            )
         self._refused: list[tuple[Sequence, str]] = []
         self._in_flight: list[Step] = []  # planned and not complete
         self._order = 0
@@ -97,6 +94,15 @@ class Scheduler:
         self.steady = False  # the running sequences would be planned again as in the last plan, but for one more KV token each
         self._changed = True  # something happened since the last plan that could admit a request
         self._preempted = False  # by the plan being made
+
+    def _hold(self, name: str) -> Load:
+        """Take pages for an adapter for good, before any request; whoever drives the scheduler copies it there first."""
+        adapter = self.memory.start_load(name, 0.0, spare=0, keep=())
+        if adapter is None:
+            raise UserError(f"adapter {name!r}: the pool has no room for it")
+        self.residency.finish_load(name, 0.0)
+        self.residency.pin(name)
+        return Load(name, adapter.slot, tuple(adapter.pages), adapter.footprint.copy_bytes)
 
     def count_pages(self) -> None:
         """Take pages by number from now on where nobody needs their names: no page table is written from what is planned."""
@@ -116,6 +122,8 @@ class Scheduler:
         self.queue.push(sequence)
         if request.adapter is not None:
             self._adapters.request_came(request.adapter)
+        if self.merging is not None:
+            self.merging.policy.came(request.adapter)
         self._changed = True
         return sequence
 
@@ -135,7 +143,7 @@ class Scheduler:
         if sequence.phase is Phase.WAITING:
             self.queue.remove(sequence)
             self._end(sequence)
-        elif sequence.phase in (Phase.PREFILL, _DECODE):
+        elif sequence.phase in (Phase.PREFILL, _DECODE, Phase.ASIDE):
             self._stop_planning(sequence)
             self._running.finish(sequence)
             if self._in_flight:
@@ -166,9 +174,16 @@ class Scheduler:
     def register(self, name: str, footprint: AdapterFootprint) -> None:
         """Let requests name an adapter. Raises ValueError where the name is taken."""
         self._adapters.register(name, footprint)
+        if self.merging is not None:
+            self.merging.registered(name)
 
     def unregister(self, name: str) -> None:
-        """Take no more requests for an adapter. Those that are there are served; then its pages go, and `is_registered` is false."""
+        """Take no more requests for an adapter. Those that are there are served; then its pages go, and `is_registered` is false.
+
+        Raises ValueError where the name is unknown, or the adapter is merged for good.
+        """
+        if name in self.residency.pinned:
+            raise ValueError(f"adapter {name!r} stays: it is merged into the weights, or dynamic")
         self._adapters.unregister(name)
 
     def is_registered(self, name: str) -> bool:
@@ -233,6 +248,8 @@ class Scheduler:
         self._preempted = False
         if self.queue.time_dependent:
             self._turn_away(now_s)
+        if self.merging is not None and self.merging.choose(now_s):
+            self._changed = True
         decoding = self._decoding
         growing = decoding.growing()
         new_pages = self._take_growth_pages(growing) if growing else []
@@ -249,10 +266,15 @@ class Scheduler:
         if not decode_rows and not chunks:
             self.steady = False
             decoding.put_back_left(left)
+            if self.merging is not None and self.merging.give_up(now_s):
+                self._changed = True
+                return self.schedule(now_s)
             return None
         shape = shape_of(decoding, decode_rows, chunks)
         finishing = self._end_last_tokens(decode_rows, chunks)
         step = Step(self._next_step, shape, joined, left, new_pages, chunks, finishing)
+        if self.merging is not None:
+            self.merging.planned(step)
         self._next_step += 1
         self._in_flight.append(step)
         self.steady = not chunks and not self._prefills.sequences and not finishing
@@ -275,6 +297,8 @@ class Scheduler:
     def load_finished(self, adapter: str, now_s: float) -> None:
         """Note that an adapter's bytes are on the GPU."""
         self.residency.finish_load(adapter, now_s)
+        if self.merging is not None:
+            self.merging.policy.look_again()
         self._adapters.retire_if_unused(adapter)
         self._changed = True
 
@@ -323,6 +347,8 @@ class Scheduler:
             return 0
         decoding = self._decoding
         steps = decoding.ticks_to_finish()
+        if self.merging is not None:
+            steps = int(min(steps, self.merging.policy.quiet_steps()))
         free = self.pool.num_free + self.memory.evictable_pages
         if decoding.size * (steps // self.limits.page_tokens + 1) <= free:  # what they take at most
             return steps
@@ -343,6 +369,8 @@ class Scheduler:
                 self._take_growth_pages(self._decoding.growing())
                 self._decoding.skip(1)
         self._next_step += steps
+        if self.merging is not None:
+            self.merging.policy.ran(steps * self._decoding.size, steps)
 
     # ---- ends ----
 
@@ -383,6 +411,8 @@ class Scheduler:
         self._changed = True
 
     def _stop_planning(self, sequence: Sequence) -> None:
+        if self.merging is not None and self.merging.forget(sequence):
+            return
         if sequence.phase is _DECODE:
             self._decoding.leave(sequence)
         else:
@@ -399,6 +429,8 @@ class Scheduler:
     def _end(self, sequence: Sequence) -> None:
         """Note that nothing more will come of a request."""
         sequence.phase = _DONE
+        if self.merging is not None:
+            self.merging.policy.ended(sequence.request.adapter)
         if sequence.request.adapter is not None:
             self._adapters.request_ended(sequence.request.adapter)
 
@@ -428,4 +460,6 @@ class Scheduler:
         for s in decoding:
             assert s.prefill_tokens + s.request.output_tokens - s.generated <= self.limits.max_model_len + 1
         assert all(s.phase is Phase.WAITING and not s.held_pages and s.slot == -1 for s in self.queue)
+        if self.merging is not None:
+            self.merging.check_integrity()
         assert all(s in self._running.finishing for step in self._in_flight for s in step.dropped)

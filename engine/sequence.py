@@ -13,6 +13,7 @@ class Phase(Enum):
     WAITING = "waiting"
     PREFILL = "prefill"
     DECODE = "decode"
+    ASIDE = "aside"  # it decoded, and goes on when what is merged is taken out
     FINISHING = "finishing"
     DONE = "done"
 
@@ -28,6 +29,7 @@ class Sequence:
     found_tokens: those that were found when it was first admitted; what a preempted request finds of its own is not counted.
     generated: tokens planned so far, exact unless it decodes; `Scheduler.planned_tokens` is exact always.
     join_tick, finish_tick, page_key: set by the decode set while it decodes.
+    resident: the adapter that its rows are multiplied by: its own, unless one is merged for good (engine/running_set.py).
     """
 
     request: Request

@@ -83,6 +83,7 @@ class Step:
     new_pages: (sequence, page) taken for tokens that this step writes, beyond those a prefill brings; empty where pages are not named.
     finishing: sequences that produce their last token in this step.
     dropped: sequences that were dropped while it was in flight; what it makes for them is ignored.
+    merged: the adapter that must be in the weights when it runs, under merge='dynamic'.
     """
 
     index: int
@@ -93,3 +94,4 @@ class Step:
     prefills: list[PrefillChunk] = field(default_factory=list)
     finishing: list[Sequence] = field(default_factory=list)
     dropped: tuple[Sequence, ...] = ()
+    merged: str | None = None

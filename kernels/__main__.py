@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from kernels.lora_cases import Case
     from kernels.lora_peers import Peers
 
-PARTS = ("lora", "attention", "small")
+PARTS = ("lora", "attention", "small", "switch")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -90,6 +90,7 @@ def run_parts(
     from kernels.elementwise_bench import bench_elementwise
     from kernels.lora_bench import bench_lora
     from kernels.lora_peers import add_to_layers, bench_peers
+    from kernels.switch_bench import bench_switch
 
     jobs = ahead.lora_jobs(cases) if "lora" in parts else []
     jobs += ahead.attention_jobs() if "attention" in parts else []
@@ -103,6 +104,8 @@ def run_parts(
         result["attention"] = bench_attention(quick=quick, log=log)
     if "small" in parts:
         result["small"] = bench_elementwise(quick=quick, log=log)
+    if "switch" in parts:
+        result["switch"] = bench_switch(quick=quick, log=log)
     if peers:  # last: what one of them breaks, even the GPU's context, is not ours
         result["peers"] = bench_peers(peers, cases, quick=quick, log=log)
         result["peer_versions"] = peers.versions

@@ -16,6 +16,7 @@ COLUMNS = {
     "decode_attention": ("kv", "heads", "kv_heads", "head_dim", "items", "us", "bound_us", "ratio"),
     "prefill_attention": ("sequences", "tokens", "before", "us", "bound_us", "ratio", "us_sdpa", "vs_sdpa"),
     "small": ("op", "tokens", "us", "bound_us", "ratio"),
+    "switch": ("op", "rank", "tokens", "us", "bound_us", "ratio"),
 }
 
 
@@ -52,6 +53,8 @@ def report(result: dict) -> str:
             parts.append(f"{title}, µs\n" + table(COLUMNS[op], rows))
     if small := result.get("small"):
         parts.append("Small kernels, µs\n" + table(COLUMNS["small"], small))
+    if switch := result.get("switch"):
+        parts.append("Dynamic adapters, one layer, 8 experts, top-2, µs\n" + table(COLUMNS["switch"], switch))
     return "\n\n".join(parts)
 
 

@@ -105,7 +105,9 @@ def _expand_tile(
         )
         at = slot * slot_stride + token[:, None] * ROWS + (h_first + r)[None, :]
         gate = tl.load(dense + token * N + e, mask=in_tile, other=0.0)
-        h = _sum_planes(bridge, plane_stride, at, in_tile[:, None] & live[None, :], PARTS) * gate[:, None]
+        h = _sum_planes(bridge, plane_stride, at, in_tile[:, None] & live[None, :], PARTS)
+        # Not 0 · h: another adapter's experts may have made an infinity of this token.
+        h = tl.where(gate[:, None] != 0.0, h * gate[:, None], 0.0)
         update = tl.dot(h.to(block.dtype), block, update, input_precision="ieee")
     at = y + token.to(tl.int64)[:, None] * y_stride + n[None, :]
     mask = in_tile[:, None] & inside[None, :]

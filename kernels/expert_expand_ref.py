@@ -10,7 +10,8 @@ def expert_expand_(y, bridge, b, dense, touched, *, rank, widths, targets, launc
         for slot, expert in enumerate(experts):
             if expert < 0:
                 continue
-            h = bridge[:, slot, rows].sum(dim=0) * dense[rows, expert, None]
+            gate = dense[rows, expert, None]
+            h = (bridge[:, slot, rows].sum(dim=0) * gate).where(gate != 0, 0)  # not 0 · ∞
             y_first = h_first = b_first = 0
             for width, is_target in zip(widths, targets, strict=True):
                 if is_target:

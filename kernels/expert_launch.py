@@ -56,6 +56,10 @@ class ExpertLaunch:
         return -(-in_features // self.shrink_part)
 
 
+WHOLE_FROM = 64
+"""With more tokens tiles alone keep the GPU busy: `in` is not cut, and the bridge has one plane."""
+
+
 def tile_tokens_of(tokens: int) -> int:
     """Return how many tokens share a tile in a step of so many. Up to 2, the tokens' experts are mostly different ones."""
     return 1 if tokens <= 2 else 16 if tokens <= 16 else 32
@@ -82,6 +86,8 @@ def expert_launch(
     return ExpertLaunch(
         tile_tokens=tile,
         shrink_rows=tuning.tile_rows,
-        shrink_part=max(256, -(-in_features // tuning.tile_parts // 256) * 256),
+        shrink_part=max(
+            256, -(-in_features // (tuning.tile_parts if tokens <= WHOLE_FROM else 1) // 256) * 256
+        ),
         expand_columns=(64 if width <= 8192 else 128) * tuning.columns_factor,
     )

@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from engine.adapter import load_adapters
+from engine.adapter import adapters_of_trace, load_adapters
+from engine.blueprint import blueprint
 from engine.config import ServingConfig
 from engine.errors import UserError
 from engine.json_files import read_json
@@ -19,16 +20,21 @@ from sim import validate as validation
 from sim import vllm_micro, vllm_micro_v0
 from sim.bench import bench
 from sim.costs import StepCosts, costs_for, fit_costs
+from sim.intervals import Interval, intervals
 from sim.profile import find_profile, load_profile
 from sim.result import plain
+from sim.router_costs import with_router_costs
+from sim.scenario import Scenario
 from sim.simulate import simulate
-from sim.tables import bench_lines, fit_lines, result_lines, validation_lines
+from sim.tables import bench_lines, fit_lines, interval_lines, result_lines, validation_lines
+from sim.validation_page import write_page
 from sim.vllm_predict import run_vllm
 from sim.vllm_profile import find_vllm_profile, is_vllm_profile, load_vllm_profile
 from sim.vllm_runs_v0 import validate_v0
 from sim.vllm_validate import is_vllm_folder, tell_progress, validate_vllm, vllm_lines
 from traces import TraceError, load
 from traces.command_line import run_app
+from traces.metrics import Slo
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -56,17 +62,33 @@ def run(
     raw_arrivals: Annotated[
         bool, typer.Option("--raw-arrivals", help="Take arrival_s even where arrival_spread_s is there.")
     ] = False,
+    scenario: Annotated[
+        Path | None,
+        typer.Option(help="JSON of replicas that fail and traffic that swells (sim/scenario.py)."),
+    ] = None,
+    with_intervals: Annotated[
+        bool, typer.Option("--intervals", help="Say where each metric should lie: five more simulations.")
+    ] = False,
     form: Format = "table",
 ) -> None:
     """Simulate one configuration on a trace."""
     serving = ServingConfig.load(config)
     given = None if adapters is None else load_adapters(adapters)
     requests = load(trace, raw_arrivals=raw_arrivals)
+    found: dict[str, Interval] = {}
     if profile is not None and is_vllm_profile(read_json(profile)):
+        if scenario is not None or with_intervals:
+            raise UserError("run: --scenario and --intervals are for our engine, not for a vLLM profile")
         result = run_vllm(load_vllm_profile(profile), serving, requests, given)
     else:
-        result = simulate(requests, serving, _costs(profile)(serving), adapters=given, seed=seed)
-    _print(form, result.to_json(), lambda: result_lines(result))
+        happens = None if scenario is None else Scenario.load(scenario)
+        costs = _costs(profile)(serving)
+        result = simulate(requests, serving, costs, adapters=given, seed=seed, scenario=happens)
+        if with_intervals:
+            names = validation.METRICS
+            found = intervals(requests, serving, costs, names, adapters=given, seed=seed, scenario=happens)
+    told = {"intervals": {name: item.to_json() for name, item in found.items()}} if with_intervals else {}
+    _print(form, result.to_json() | told, lambda: [*result_lines(result), *interval_lines(found)])
 
 
 @app.command()
@@ -78,15 +100,49 @@ def validate(
     workers: Annotated[
         int | None, typer.Option(min=1, help="Processes for vLLM runs; else all cores.")
     ] = None,
+    docs: Annotated[
+        Path | None, typer.Option(help="Folder to write validation.md and validation.svg into.")
+    ] = None,
+    also: Annotated[
+        Path | None,
+        typer.Option(help="With --docs: JSON of another `validate`, whose errors are shown without rows."),
+    ] = None,
     form: Format = "table",
 ) -> None:
-    """Simulate every recorded run and compare: predicted against measured."""
+    """Simulate every recorded run and compare: metrics, adapters, requests, steps, intervals, and twins for the noise floor."""
+    if also is not None and docs is None:
+        raise UserError("validate: --also goes with --docs")
+    other = None if also is None else _outcome(also)
     if is_vllm_folder(runs) or runs.name == vllm_micro_v0.RUNS_FILE:
         vllm = vllm_outcome(runs, profile, workers)
         _print(form, vllm, lambda: vllm_lines(vllm))
         return
     outcome = validation.validate(runs, _costs(profile))
+    if docs is not None:
+        given = "" if also is None else f" --also {also}"
+        write_page(docs, outcome, f"python -m sim validate --docs {docs}{given}", other)
     _print(form, outcome, lambda: validation_lines(outcome))
+
+
+@app.command("router-costs")
+def router_costs_command(
+    config: Annotated[Path, typer.Option(help="Serving configuration (JSON).")],
+    trace: Annotated[
+        Path | None, typer.Option(help="Trace whose adapters, without --adapters, are those to serve.")
+    ] = None,
+    adapters: Annotated[Path | None, typer.Option(help="adapters.jsonl: the adapters to serve.")] = None,
+    profile: ProfileFile = None,
+    ttft_slo_ms: Annotated[float, typer.Option(help="Promised time to the first token.")] = 500.0,
+    tpot_slo_ms: Annotated[float, typer.Option(help="Promised time per further token.")] = 50.0,
+) -> None:
+    """Print the configuration with the router cost_aware, and what it prices requests by, from the profile."""
+    serving = ServingConfig.load(config).with_changes(router="least_loaded")
+    asked = {} if trace is None else load(trace).adapters
+    specs = adapters_of_trace(asked) if adapters is None else load_adapters(adapters)
+    slo = Slo(ttft_s=ttft_slo_ms / 1e3, tpot_s=tpot_slo_ms / 1e3)
+    plan = blueprint(serving, specs)
+    found = with_router_costs(serving, _costs(profile)(serving), plan, slo)
+    typer.echo(json.dumps(found.to_json(), indent=2))
 
 
 @app.command("bench")
@@ -192,6 +248,14 @@ def _costs(profile: Path | None) -> Callable[[ServingConfig], StepCosts]:
         return costs_for(given or load_profile(find_profile(config)), config)
 
     return price
+
+
+def _outcome(path: Path) -> dict[str, Any]:
+    """Read what `validate --format json` printed."""
+    data = read_json(path)
+    if not isinstance(data, dict) or not isinstance(data.get("rows"), list) or "runs" not in data:
+        raise UserError(f"{path}: is not what `python -m sim validate --format json` prints")
+    return data
 
 
 def vllm_outcome(runs: Path, profile: Path | None, workers: int | None) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from sim.result import Column, Utilisation
 def utilisation_of(plan: Blueprint, cluster: Cluster, duration_s: float) -> Utilisation:
     """Return shares of time and capacity over all replicas."""
     usages = [replica.observer.usage for replica in cluster.replicas]
-    count, pages, slots = len(usages), plan.memory.num_pages, plan.config.max_num_seqs
+    count, pages, slots = plan.config.replicas, plan.memory.num_pages, plan.config.max_num_seqs
     span_s = count * duration_s
     observed_s = sum(usage.observed_s for usage in usages)
     steps = sum(usage.steps for usage in usages)

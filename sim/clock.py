@@ -11,7 +11,8 @@ from typing import Any
 
 import simpy
 
-# At one instant arrivals come first, so that whatever is planned then sees them.
+# At one instant arrivals come first, so that whatever is planned then sees them; what fails or comes back then, before them.
+FAILURE = -1
 ARRIVAL = 0
 TURN = 1
 

@@ -11,10 +11,12 @@ from engine.requests import Request
 from engine.router import Router
 from engine.scheduler import RefusedError
 from engine.sequence import Sequence
-from sim.clock import ARRIVAL, Clock
+from sim.clock import ARRIVAL, FAILURE, Clock
 from sim.loads import LoadQueue
+from sim.merge_costs import switches_of
 from sim.observe import Observer, RequestLog, StepRow
 from sim.replica import Replica, StepTimes
+from sim.scenario import Scenario
 from traces import Trace
 from traces.columns import TraceColumns
 
@@ -34,11 +36,14 @@ class Cluster:
         steps: list[StepRow] | None = None,
         fast_forward: bool = True,
         replica: Callable[..., Replica] = Replica,
+        scenario: Scenario | None = None,
     ) -> None:
         self.log = log
-        self._router = Router(plan.config.router, plan.config.replicas, places_of(plan.config, plan.adapters))
-        self.replicas = [
-            replica(
+        self._router = Router.of(plan.config, places_of(plan.config, plan.adapters))
+        self.switches = switches = switches_of(plan)
+
+        def new_replica(index: int) -> Replica:
+            return replica(
                 clock,
                 plan.new_scheduler(),
                 costs,
@@ -46,31 +51,71 @@ class Cluster:
                 self._end_handler(index),
                 loads=_load_queue(plan, costs),
                 fast_forward=fast_forward,
+                **({} if switches is None else {"switches": switches}),
             )
-            for index in range(plan.config.replicas)
-        ]
+
+        self._new_replica = new_replica
+        self._serving: list[Replica | None] = [new_replica(index) for index in range(plan.config.replicas)]
+        self.replicas = [found for found in self._serving if found is not None]  # all that ever were
+        # What was sent and has not ended, by id; kept only where a replica may fail.
+        self._errands: dict[int | str, tuple[Request, int]] | None = None
+        if scenario is not None and scenario.failures:
+            scenario.check_replicas(plan.config.replicas)
+            self._errands = {}
+            for at_s, fails, index in scenario.events():
+                clock.call_at(at_s, FAILURE, self._fail if fails else self._recover, index)
+        self._clock = clock
 
     def submit(self, request: Request, now_s: float) -> None:
         """Route and queue a request; one that can never run is noted with the reason."""
-        tokens = request.prompt_tokens + request.output_tokens
-        index = self._router.route(request.adapter, tokens)
+        prompt, output = request.prompt_tokens, request.output_tokens
+        index = self._router.route(request.adapter, prompt, output, now_s)
+        serving = self._serving[index]
+        assert serving is not None
         try:
-            self.replicas[index].submit(request, now_s)
+            serving.submit(request, now_s)
         except RefusedError as error:
-            self._router.finished(index, tokens)
+            self._router.finished(index, prompt + output, request.adapter)
             assert isinstance(request.request_id, int)
             self.log.refused[request.request_id] = str(error)
+            return
+        if self._errands is not None:
+            self._errands[request.request_id] = request, index
 
     @property
     def num_unfinished(self) -> int:
-        return sum(replica.scheduler.num_unfinished for replica in self.replicas)
+        return sum(found.scheduler.num_unfinished for found in self._serving if found is not None)
 
     def _end_handler(self, index: int) -> Callable[[Sequence], None]:
         def ended(sequence: Sequence) -> None:
             request = sequence.request
-            self._router.finished(index, request.prompt_tokens + request.output_tokens)
+            tokens = request.prompt_tokens + request.output_tokens
+            self._router.finished(index, tokens, request.adapter)
+            if self._errands is not None:
+                del self._errands[request.request_id]
 
         return ended
+
+    def _fail(self, index: int) -> None:
+        """Lose a replica: what it had not finished goes to the others, from the start and in the order in which it was sent."""
+        lost, errands = self._serving[index], self._errands
+        assert lost is not None and errands is not None
+        lost.stop()
+        self._serving[index] = None
+        self._router.remove(index)
+        orphans = [request for request, replica in errands.values() if replica == index]
+        for request in orphans:
+            del errands[request.request_id]
+            self._router.finished(index, request.prompt_tokens + request.output_tokens, request.adapter)
+        for request in orphans:
+            self.submit(request, self._clock.now)
+
+    def _recover(self, index: int) -> None:
+        """Let a replica serve again, with nothing on its GPU."""
+        back = self._new_replica(index)
+        self._serving[index] = back
+        self.replicas.append(back)
+        self._router.restore(index)
 
 
 def _load_queue(plan: Blueprint, costs: StepTimes) -> LoadQueue:

@@ -76,8 +76,8 @@ def layer_of(
     Raises UserError where the model cannot be cut over `tp` GPUs or nothing is known of collectives.
     """
     model.validate_tp(tp)
-    gpu = gpu or profile.gpu
-    slower = Slower.of(gpu_spec(profile.gpu), gpu_spec(gpu))
+    there = profile.gpu_spec if gpu is None else gpu_spec(gpu)
+    slower = Slower.of(profile.gpu_spec, there)
     same = model == profile.model
     heads = _ratio(
         model.heads_per_rank(tp) * model.head_dim, profile.model.num_heads * profile.model.head_dim
@@ -90,8 +90,8 @@ def layer_of(
     known.append(all((tp, linear) in fits.matmul for linear in (*LAYER_LINEARS, "head")))
     known.append(tp in fits.elementwise)
     return Layer(
-        dense_us=_dense(fits, profile, model, tp, gpu, slower),
-        head_us=_head(fits, profile, model, tp, gpu, slower),
+        dense_us=_dense(fits, profile, model, tp, there, slower),
+        head_us=_head(fits, profile, model, tp, there, slower),
         exchanges=exchanges_of(
             fits.collective,
             model,
@@ -115,12 +115,12 @@ def layer_of(
             )
             for regime in _nearest(fits.lora, tp)
         ),
-        measured=same and tp == 1 and all(known) and gpu.lower() == profile.gpu.lower(),
+        measured=same and tp == 1 and all(known) and there == profile.gpu_spec,
     )
 
 
 def _dense(
-    fits: OperatorFits, profile: Profile, model: ModelShape, tp: int, gpu: str, slower: Slower
+    fits: OperatorFits, profile: Profile, model: ModelShape, tp: int, gpu: GpuSpec, slower: Slower
 ) -> Callable[[int], float]:
     matmuls = [_linear(fits, profile, model, tp, linear, gpu) for linear in LAYER_LINEARS]
     elementwise = _nearest(fits.elementwise, tp)
@@ -148,7 +148,7 @@ def _width(profiled: ModelShape, model: ModelShape, tp: int) -> float:
 
 
 def _head(
-    fits: OperatorFits, profile: Profile, model: ModelShape, tp: int, gpu: str, slower: Slower
+    fits: OperatorFits, profile: Profile, model: ModelShape, tp: int, gpu: GpuSpec, slower: Slower
 ) -> Callable[[int], float]:
     product = _linear(fits, profile, model, tp, "head", gpu)
     # Every GPU draws from all logits.
@@ -157,7 +157,7 @@ def _head(
 
 
 def _linear(
-    fits: OperatorFits, profile: Profile, model: ModelShape, tp: int, linear: str, gpu: str
+    fits: OperatorFits, profile: Profile, model: ModelShape, tp: int, linear: str, gpu: GpuSpec
 ) -> Callable[[int], float]:
     """Return a product's microseconds by rows:
 
@@ -168,9 +168,9 @@ def _linear(
     if curve is None:
         raise UserError(f"{profile.source}: operators.matmul has no {linear!r} at tp=1")
     size, measured_size = _sizes(model, tp, linear), _sizes(profile.model, measured_tp, linear)
-    if size == measured_size and gpu.lower() == profile.gpu.lower():
+    if size == measured_size and gpu == profile.gpu_spec:
         return curve
-    here, there, itemsize = gpu_spec(profile.gpu), gpu_spec(gpu), ITEMSIZE_BYTES[profile.dtype]
+    here, there, itemsize = profile.gpu_spec, gpu, ITEMSIZE_BYTES[profile.dtype]
 
     def scaled(rows: int) -> float:
         ratio = _roofline_s(size, rows, there, itemsize) / _roofline_s(measured_size, rows, here, itemsize)

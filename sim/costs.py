@@ -26,7 +26,7 @@ from sim.compose import Layer, Slower, layer_of
 from sim.correct import GROUPS, Correction, correct
 from sim.exchange import Exchange, exchange_of
 from sim.fit import FitReport, fit_operators
-from sim.parallel import ParallelSteps, nearest, with_base, within
+from sim.parallel import ParallelSteps, covered, measured_shapes, nearest, with_base
 from sim.price import Price
 from sim.profile import Profile
 from sim.segment import DecodeRun
@@ -97,7 +97,7 @@ class StepCosts:
             for regime in self._layer.lora
         )
         self._host = Price(self._fits.host.scaled(1e-6), ("rows", "chunks"))
-        host = 1.0 if setting.gpu is None else Slower.of(gpu_spec(profile.gpu), gpu_spec(setting.gpu)).host
+        host = 1.0 if setting.gpu is None else Slower.of(profile.gpu_spec, gpu_spec(setting.gpu)).host
         self._transfer = Price(self._fits.transfer.stretched((host,)).scaled(1e-6), ("num_bytes",))
         self._measured = frozenset(profile.steps)
         self._exchange_s = None if setting.exchange == "local" else self._lora_exchange_s
@@ -191,9 +191,9 @@ class StepCosts:
             setting.exchange,
             setting.collectives,
         )
-        if not same or not within(shape, parallel.steps):
+        if not same or not covered(shape, parallel):
             return "extrapolated"
-        return "measured" if shape in parallel.steps else "interpolated"
+        return "measured" if shape in measured_shapes(parallel) else "interpolated"
 
     def _lora_exchange_s(self, shape: StepShape) -> float:
         padded = padded_tokens(shape.tokens, self.setting.graph_max_tokens)
@@ -283,7 +283,7 @@ def fit_costs(
         sample_rows=max_num_seqs,
         exchange=exchange,
         collectives=collectives,
-        gpu=None if gpu is None or gpu.lower() == profile.gpu.lower() else gpu.lower(),
+        gpu=None if gpu is None or gpu_spec(gpu).name == profile.gpu.lower() else gpu,
     )
     return StepCosts(profile, setting)
 
@@ -330,7 +330,8 @@ def _correction_of(profile: Profile, parallel: ParallelSteps | None) -> tuple[Co
         layer = layer_of(fits, profile, model, parallel.tp, parallel.exchange, parallel.collectives)
     groups = np.array([_groups_us(profile, model, layer, shape) for shape in steps]).reshape(-1, len(GROUPS))
     correction, quality, errors = correct(groups, steps_us)
-    return correction, FitReport(operators=fits.quality, steps=quality, step_errors=errors)
+    report = FitReport(operators=fits.quality, steps=quality, step_errors=errors, step_shapes=tuple(steps))
+    return correction, report
 
 
 def _groups_us(profile: Profile, model: ModelShape, layer: Layer, shape: StepShape) -> tuple[float, ...]:

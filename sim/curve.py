@@ -44,6 +44,27 @@ class Curve:
         return float((self.y[-1] - self.y[before]) / (self.x[-1] - self.x[before]))
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _LogLog:
+    """Interpolation in log-log; a class, not a function in a function, so that a fit can go to other processes."""
+
+    log: PchipInterpolator
+
+    def __call__(self, at: Floats) -> Floats:
+        return np.asarray(np.exp(self.log(np.log(at))))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Straight:
+    """Straight lines from point to point."""
+
+    x: Floats
+    y: Floats
+
+    def __call__(self, at: Floats) -> Floats:
+        return np.asarray(np.interp(at, self.x, self.y))
+
+
 def fit_curve(x: Floats, y: Floats, kind: str = "pchip") -> Curve:
     """Fit a curve; measurements at one size are averaged. kind: "linear", or "pchip" in log-log."""
     sizes, index = np.unique(x, return_inverse=True)
@@ -53,8 +74,8 @@ def fit_curve(x: Floats, y: Floats, kind: str = "pchip") -> Curve:
     level = np.asarray(isotonic_regression(mean, weights=count / mean**2).x)
     if kind == "pchip" and len(sizes) > 2 and sizes[0] > 0:
         log = PchipInterpolator(np.log(sizes), np.log(level))
-        return Curve(sizes, level, lambda at: np.exp(log(np.log(at))))
-    return Curve(sizes, level, lambda at: np.interp(at, sizes, level))
+        return Curve(sizes, level, _LogLog(log))
+    return Curve(sizes, level, _Straight(sizes, level))
 
 
 def held_out(x: Floats, y: Floats, kind: str) -> Floats:

@@ -11,6 +11,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.step import StepShape
 from sim.curve import Curve, best_curve
 from sim.envelope import Envelope, best_envelope
 from sim.profile import LINEARS, Profile, Table
@@ -45,11 +46,13 @@ class FitReport:
     """How well a profile is described: by operator, and for whole steps.
 
     step_errors: predicted over measured − 1 of each whole step, held out; what intervals are drawn from.
+    step_shapes: these steps, where they are known.
     """
 
     operators: tuple[FitQuality, ...]
     steps: FitQuality | None
     step_errors: Floats
+    step_shapes: tuple[StepShape, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +84,21 @@ class OperatorFits:
     largest: Mapping[str, Mapping[str, float]]  # operator -> column -> largest measured
 
 
+_adopted: dict[Profile, OperatorFits] = {}
+
+
+def adopt_fits(profile: Profile, fits: OperatorFits) -> None:
+    """Take the fits of a profile that were made in another process, instead of making them again."""
+    _adopted[profile] = fits
+
+
 @lru_cache(maxsize=8)
 def fit_operators(profile: Profile) -> OperatorFits:
     """Fit every operator of a profile; one profile is fitted once."""
+    return _adopted.get(profile) or _fitted(profile)
+
+
+def _fitted(profile: Profile) -> OperatorFits:
     qualities: list[FitQuality] = []
     operators = profile.operators
     matmul, elementwise, collective = {}, {}, {}

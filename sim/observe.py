@@ -122,10 +122,11 @@ class Observer:
 
     def planned(self, scheduler: Scheduler, now_s: float) -> None:
         """Look at the memory after a plan."""
-        self._looks.extend(
+        looks = self._looks
+        looks.extend(
             (now_s, scheduler.memory.kv_pages, scheduler.residency.pages_held, scheduler.num_running)
         )
-        if len(self._looks) >= FOLD_AT:
+        if len(looks) >= FOLD_AT:
             self._fold_looks()
 
     def ran(self, shape: StepShape, start_s: float, duration_s: float, gpu_s: float) -> None:

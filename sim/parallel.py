@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, get_args
 
@@ -121,6 +122,25 @@ def within(shape: StepShape, steps: Iterable[StepShape]) -> bool:
         getattr(shape, name) <= max((getattr(step, name) for step in known), default=0)
         for name in StepShape.__slots__
     )
+
+
+def covered(shape: StepShape, parallel: ParallelSteps) -> bool:
+    """Return whether no size of a step is beyond the largest that was measured: `within`, quick to ask for every step."""
+    return all(getattr(shape, name) <= largest for name, largest in _largest(parallel))
+
+
+@lru_cache(maxsize=32)
+def _largest(parallel: ParallelSteps) -> tuple[tuple[str, float], ...]:
+    return tuple(
+        (name, max((getattr(step, name) for step in parallel.steps), default=0))
+        for name in StepShape.__slots__
+    )
+
+
+@lru_cache(maxsize=32)
+def measured_shapes(parallel: ParallelSteps) -> frozenset[StepShape]:
+    """Return the steps that were measured, to look one up."""
+    return frozenset(parallel.steps)
 
 
 def _exchange(name: Any, place: str) -> Exchange:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.budget import gpu_spec
+from engine.budget import GpuSpec, gpu_spec, parse_gpu
 from engine.config import ServingConfig
 from engine.errors import UserError
 from engine.model_shape import ModelShape, load_model_shape
@@ -81,6 +81,7 @@ class Profile:
 
     source: str
     gpu: str
+    gpu_spec: GpuSpec
     model: ModelShape
     dtype: str
     page_tokens: int
@@ -106,11 +107,10 @@ def find_profile(config: ServingConfig) -> Path:
     """Return the shipped profile for a configuration: of its model and GPU, else of another model on that GPU, else of another GPU. Raises
     UserError for a GPU that is not in the catalogue.
     """
-    gpu = config.gpu.lower()
+    gpu = gpu_spec(config.gpu).name  # an unknown one is said
     exact = PROFILES / f"{config.model.lower()}.{gpu}.json"
     if "/" not in config.model and exact.is_file():
         return exact
-    gpu_spec(gpu)  # an unknown one is said by name
     model = "" if "/" in config.model else config.model.lower()
     others = [path for path in PROFILES.glob("*.json") if _OF_ONE_GPU.fullmatch(path.name)]
     if not others:
@@ -139,6 +139,7 @@ def parse_profile(data: Any, source: str, parallel: Sequence[tuple[Any, str]] = 
     return Profile(
         source=source,
         gpu=_text(data, "gpu", source),
+        gpu_spec=_gpu(data, source),
         model=load_model_shape(_text(data, "model", source)),
         dtype=_text(data, "dtype", source),
         page_tokens=_count(data, "page_tokens", source),
@@ -153,6 +154,16 @@ def parse_profile(data: Any, source: str, parallel: Sequence[tuple[Any, str]] = 
         },
         collective_source=collective_source,
     )
+
+
+def _gpu(data: Mapping[str, Any], source: str) -> GpuSpec:
+    """Return the GPU as the profile describes it, else as the catalogue does."""
+    if "gpu_spec" in data:
+        return parse_gpu(data["gpu_spec"], f"{source}: gpu_spec")
+    try:
+        return gpu_spec(_text(data, "gpu", source))
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
 
 
 def _operators(

@@ -26,6 +26,7 @@ from engine.sequence import Sequence
 from engine.step import Step, StepShape
 from sim.clock import TURN, Clock
 from sim.loads import LoadQueue
+from sim.merge_costs import MergeSwitches
 from sim.observe import Observer
 from sim.segment import DecodeRun, Segment
 
@@ -69,6 +70,7 @@ class Replica:
         *,
         loads: LoadQueue | None = None,
         fast_forward: bool = True,
+        switches: MergeSwitches | None = None,
     ) -> None:
         scheduler.count_pages()
         self.scheduler = scheduler
@@ -78,6 +80,8 @@ class Replica:
         self._costs = costs
         self._on_end = on_end
         self._fast_forward = fast_forward
+        self._switches = switches
+        self._merged: str | None = None  # what the weights hold, under merge='dynamic'
         self._idle = True  # nothing runs, nothing is planned
         self._running: Step | None = None
         self._planned: Step | None = None
@@ -92,6 +96,10 @@ class Replica:
             self._wait_for(now_s, self._start_from_idle)
         elif self._segment is not None:
             self._cut(self._segment, now_s)
+
+    def stop(self) -> None:
+        """Do nothing any more, as a process that died: the turn that was to come is void."""
+        self._version += 1
 
     # ---- turns ----
 
@@ -144,11 +152,19 @@ class Replica:
         """Start the planned step; its predecessor is complete."""
         step = self._running = self._planned
         assert step is not None
+        if step.merged != self._merged:
+            return self._run_alone(step, self._costs.step_s(step.shape) + self._switch_s(step), now_s)
         if self._fast_forward and self.scheduler.steady and self.loads.next_end_s > now_s:
             further = self.scheduler.extendable()
             if further > 0:
                 return self._begin_segment(step, further, now_s)
         return self._run_alone(step, self._costs.step_s(step.shape), now_s)
+
+    def _switch_s(self, step: Step) -> float:
+        """Change what the weights hold to what a step needs; return the GPU time of it."""
+        before, self._merged = self._merged, step.merged
+        assert self._switches is not None
+        return self._switches.between(before, step.merged)
 
     def _run_alone(self, step: Step, gpu_s: float, now_s: float) -> Next:
         host_s = self._costs.host_s(step.shape)

@@ -46,7 +46,8 @@ class SimResult:
 
     columns: by request, in the trace's order, as a run record's requests, and `refused`: the reason, else
     None. bottleneck: what bounds this configuration on this trace, in a word, and `facts` that say why.
-    steps: the steps that ran where they were recorded.
+    steps: the steps that ran where they were recorded. merging: under merge='dynamic', how often the weights changed, and what the cost of that
+    rests on.
     """
 
     metrics: Mapping[str, float]
@@ -59,6 +60,7 @@ class SimResult:
     duration_s: float
     aborted: bool = False
     steps: tuple[StepRow, ...] | None = None
+    merging: Mapping[str, int | str] | None = None
 
     @property
     def requests(self) -> pd.DataFrame:
@@ -78,6 +80,7 @@ class SimResult:
             "bottleneck": self.bottleneck,
             "facts": plain(self.facts),
             "refused": dict(self.refused),
+            **({} if self.merging is None else {"merging": dict(self.merging)}),
         }
 
 

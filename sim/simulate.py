@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +13,7 @@ import numpy as np
 from engine.adapter import AdapterSpec, adapters_of_trace
 from engine.blueprint import Blueprint, blueprint
 from engine.config import ServingConfig
+from engine.merge_choice import with_hot_adapter
 from engine.prefix_keys import BlockKeys
 from sim.bottleneck import bottleneck, facts_of, utilisation_of
 from sim.clock import Clock
@@ -18,6 +21,7 @@ from sim.cluster import Arrivals, Cluster
 from sim.observe import RequestLog, StepRow
 from sim.replica import Replica, StepTimes
 from sim.result import Column, SimResult
+from sim.scenario import Scenario
 from traces import Trace
 from traces.metrics import Slo, metrics
 
@@ -56,6 +60,7 @@ def simulate(
     abort: Callable[[Progress], bool] | None = None,
     replica: Callable[..., Replica] = Replica,
     until_s: float | None = None,
+    scenario: Scenario | None = None,
 ) -> SimResult:
     """Serve `trace` under `config` at `costs`, until the last request has ended.
 
@@ -64,25 +69,57 @@ def simulate(
     these adapters. seed: of randomness; there is none so far. abort: asked every ABORT_EVERY arrivals; when
     it says true the simulation ends there, with `aborted` set. fast_forward: equal steps in one event; the
     result is the same without. replica: what drives a scheduler (`sim.vllm_replica` drives vLLM's). until_s:
-    end the simulation there, whoever is left. Raises UserError where the configuration cannot work or an adapter is not
-    given.
+    end the simulation there, whoever is left. scenario: replicas that fail, and traffic that swells. Raises UserError where the
+    configuration or the scenario cannot work or an adapter is not given.
     """
     del seed
-    plan = plan or blueprint(config, adapters_of_trace(trace.adapters, adapters))
+    if scenario is not None:
+        trace = scenario.arrivals_of(trace)
+    if plan is None:
+        config = with_hot_adapter(config, _adapters_asked(trace))
+        plan = blueprint(config, adapters_of_trace(trace.adapters, adapters))
     clock = Clock()
     log = RequestLog(len(trace))
     steps: list[StepRow] | None = [] if record_steps else None
-    cluster = Cluster(clock, plan, costs, log, steps=steps, fast_forward=fast_forward, replica=replica)
+    cluster = Cluster(
+        clock,
+        plan,
+        costs,
+        log,
+        steps=steps,
+        fast_forward=fast_forward,
+        replica=replica,
+        scenario=scenario,
+    )
     keys = BlockKeys(config.page_tokens) if config.prefix_caching else None
     Arrivals(clock, cluster, trace, _asker(abort, log), keys)
     try:
-        clock.run(until=until_s)
+        with _without_collector():
+            clock.run(until=until_s)
         aborted = False
         if cluster.num_unfinished and until_s is None:
             raise RuntimeError(f"{cluster.num_unfinished} requests wait for nothing: the scheduler is stuck")
     except _AbortedError:
         aborted = True
     return _result(trace, plan, cluster, slo, clock.now, aborted, steps)
+
+
+def _adapters_asked(trace: Trace) -> Iterator[str | None]:
+    names = [*trace.columns.adapter_names, None]  # index -1 is the base
+    return (names[index] for index in trace.columns.adapter_index.tolist())
+
+
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    """Pause the collector of cycles: a simulation makes none, whatever its length, and looking for them takes a tenth of its time."""
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def _asker(abort: Callable[[Progress], bool] | None, log: RequestLog) -> Callable[[int, float], None] | None:
@@ -122,7 +159,16 @@ def _result(
         duration_s=duration_s,
         aborted=aborted,
         steps=None if steps is None else tuple(steps),
+        merging=_merging(cluster),
     )
+
+
+def _merging(cluster: Cluster) -> dict[str, int | str] | None:
+    if cluster.switches is None:
+        return None
+    modes = [replica.scheduler.merging for replica in cluster.replicas]
+    switches = sum(mode.policy.switches for mode in modes if mode is not None)
+    return {"switches": switches, "switch_costs": cluster.switches.provenance}
 
 
 def _columns(trace: Trace, adapters: Mapping[str, AdapterSpec], log: RequestLog) -> dict[str, Column]:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from sim.fit import FitReport
+from sim.intervals import Interval
 from sim.result import SimResult
 
 MOST_REASONS = 3  # of refusals are shown; the JSON form has all
@@ -23,6 +24,16 @@ def result_lines(result: SimResult) -> list[str]:
     rows += [["refused", str(sum(result.refused.values()))]] if reasons else []
     rows += [[f"  {reason}", str(count)] for reason, count in reasons[:MOST_REASONS]]
     return aligned(rows)
+
+
+def interval_lines(found: Mapping[str, Interval]) -> list[str]:
+    """Show where metrics should lie, nine times of ten, and what their predictions rest on."""
+    rows = [["where it should lie (90 %)", "from", "to", "rests on"]] if found else []
+    rows += [
+        [name, _metric(name, item.low), _metric(name, item.high), item.provenance]
+        for name, item in found.items()
+    ]
+    return ["", *aligned(rows)] if rows else []
 
 
 def fit_lines(report: FitReport) -> list[str]:
@@ -49,6 +60,36 @@ def validation_lines(outcome: Mapping[str, Any]) -> list[str]:
             worst = (errors["median_abs_error_pct"], errors["worst_abs_error_pct"])
             cells = [*(_percent(error) for error in worst), _percent(errors["bias_pct"], sign=True)]
             rows.append([level, "", metric, *cells])
+    return [*aligned(rows), "", *_verdict_lines(outcome), "", *_agreement_lines(outcome)]
+
+
+def _verdict_lines(outcome: Mapping[str, Any]) -> list[str]:
+    """Show what is asked, and what twins and intervals say."""
+    met = {True: "met", False: "missed", None: "not told"}
+    rows = [["asked", "where", "runs", "value", "target", "noise floor", "allowed"]]
+    for row in outcome["verdicts"]:
+        numbers = (row[f"{name}_pct"] for name in ("value", "target", "noise", "allowed"))
+        what = f"{row['metric']}, {row['statistic']} |error|"
+        cells = [what, row["where"], str(row["runs"]), *(_percent(number) for number in numbers)]
+        rows.append([*cells, met[row["met"]]])
+    coverage = outcome["coverage"]
+    shares = (coverage["bootstrap_pct"], coverage["stretched_pct"])
+    held = f"90 % intervals hold: {_percent(shares[0])} of the measurements, stretched by other runs {_percent(shares[1])}"
+    return [*aligned(rows), held, *(f"lacking: {line}" for line in outcome["shortfalls"])]
+
+
+def _agreement_lines(outcome: Mapping[str, Any]) -> list[str]:
+    """Show how runs agree request by request and step by step."""
+    rows = [["request by request", "", "correlation", "median |error|", "bias"]]
+    for row in outcome["requests"]:
+        correlation = "–" if row["correlation"] is None else f"{row['correlation']:.3f}"
+        errors = (_percent(row["median_abs_error_pct"]), _percent(row["bias_pct"], sign=True))
+        rows.append([row["run"], row["metric"], correlation, *errors])
+    rows += [[], ["step by step", "", "steps", "median |error|", "bias", "total"]]
+    for row in outcome["steps"]:
+        errors = (_percent(row["median_abs_error_pct"]), _percent(row["bias_pct"], sign=True))
+        total = _percent(row["total_error_pct"], sign=True)
+        rows.append([row["run"], row["kind"], f"{row['steps']:,}", *errors, total])
     return aligned(rows)
 
 

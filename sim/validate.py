@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,19 @@ import pandas as pd
 from engine.adapter import AdapterSpec
 from engine.config import ServingConfig
 from engine.errors import UserError
+from sim.agreement import GroupRow, by_group, by_request, by_step, error_pct, group_summary
+from sim.costs import StepCosts
+from sim.intervals import COVERAGE, FAMILIES, Interval, family_of, intervals, stretch_of
+from sim.noise import noise_of, twins
+from sim.records import RecordedRun as RecordedRun
+from sim.records import recorded_run as recorded_run
 from sim.replica import StepTimes
 from sim.result import plain
 from sim.simulate import simulate
-from traces import Trace, TraceRequest
+from sim.verdict import shortfalls, verdicts
+from traces import Trace
 from traces.columns import TraceColumns
-from traces.metrics import metrics
-from traces.run_record import RunRecord, find_runs, read_run
+from traces.run_record import find_runs
 
 RUNS = Path(__file__).parent / "runs"
 
@@ -48,7 +54,7 @@ class Comparison:
 
     @property
     def error_pct(self) -> float:
-        return 100 * (self.predicted / self.measured - 1) if self.measured else float("nan")
+        return error_pct(self.predicted, self.measured)
 
     def to_json(self) -> dict[str, Any]:
         numbers = {"measured": self.measured, "predicted": self.predicted, "error_pct": self.error_pct}
@@ -56,65 +62,167 @@ class Comparison:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RecordedRun:
-    """A run record as the simulator takes it."""
+class Judged:
+    """A recorded run beside its simulation. intervals: by metric, not stretched; empty where the costs tell no errors."""
 
-    name: str
-    config: ServingConfig
-    adapters: Mapping[str, AdapterSpec]
-    trace: Trace
-    measured: Mapping[str, float]
-    load: float | None
+    run: RecordedRun
+    load_level: str
+    comparisons: tuple[Comparison, ...]
+    groups: tuple[GroupRow, ...]
+    requests: tuple[dict[str, Any], ...]
+    steps: tuple[dict[str, Any], ...]
+    intervals: Mapping[str, Interval]
 
 
-def validate(folder: Path, costs_for: CostsFor) -> dict[str, Any]:
-    """Simulate every run recorded at or below a folder; return the JSON object of `sim validate`."""
+def validate(folder: Path, costs_for: CostsFor, *, with_intervals: bool = True) -> dict[str, Any]:
+    """Simulate every run recorded at or below a folder; return the JSON object of `sim validate`.
+
+    with_intervals: five more simulations a run. Raises UserError where the folder holds no record.
+    """
     paths = find_runs(folder)
     if not paths:
         raise UserError(f"{folder}: holds no run record")
-    rows = [row for path in paths for row in compare(recorded_run(path, folder), costs_for)]
-    return {"runs": len(paths), "rows": [row.to_json() for row in rows], "summary": summary(rows)}
+    judged = [judge(recorded_run(path, folder), costs_for, with_intervals=with_intervals) for path in paths]
+    return outcome_of(judged)
 
 
-def recorded_run(path: Path, root: Path | None = None) -> RecordedRun:
-    """Read a run record: the configuration, the adapters, and the trace that its requests were."""
-    record = read_run(path)
-    place = str(path / "run.json")
-    name = path.name if root is None or path == root else str(path.relative_to(root))
-    load = record.run.get("load")
-    if load is not None and (
-        isinstance(load, bool) or not isinstance(load, (int, float)) or not 0 < load < np.inf
-    ):
-        raise UserError(f"{place}: load={load!r} must be a number above 0")
-    return RecordedRun(
-        name=name,
-        config=ServingConfig.from_json(record.run.get("config"), source=f"{place}: config"),
-        adapters=_adapters(record.run.get("adapters"), place),
-        trace=_trace(record, name),
-        measured=metrics(record.requests),
-        load=load,
+def outcome_of(judged: Sequence[Judged]) -> dict[str, Any]:
+    """Return the JSON object of `sim validate`."""
+    comparisons = [row for one in judged for row in one.comparisons]
+    groups = [row for one in judged for row in one.groups]
+    stretches = [_stretches(one, judged) for one in judged]
+    rows = [
+        row.to_json() | _interval_json(one.intervals.get(row.metric), stretches[number], row)
+        for number, one in enumerate(judged)
+        for row in one.comparisons
+    ]
+    noise = noise_of(twins([one.run for one in judged]), METRICS)
+    coverage = coverage_of(rows)
+    stretch = {family: stretch_of(_scores(judged, family)) for family in FAMILIES}
+    return {
+        "runs": len(judged),
+        "rows": rows,
+        "summary": summary(comparisons),
+        "run_facts": [_facts(one) for one in judged],
+        "groups": {"rows": [row.to_json() for row in groups], "summary": group_summary(groups)},
+        "requests": [row for one in judged for row in one.requests],
+        "steps": [row for one in judged for row in one.steps],
+        "noise": noise,
+        "coverage": coverage | {"stretch": stretch},
+        "verdicts": verdicts(rows, noise),
+        "shortfalls": shortfalls(len(judged), noise["pairs"], coverage["stretched_pct"]),
+    }
+
+
+def judge(run: RecordedRun, costs_for: CostsFor, *, with_intervals: bool = True) -> Judged:
+    """Simulate a recorded run and compare: metrics, groups of adapters, requests, and its steps by their shapes."""
+    costs = costs_for(run.config)
+    adapters = run.adapters or None
+    result = simulate(run.trace, run.config, costs, adapters=adapters)
+    load = run.load
+    if load is None:
+        load = run.trace.rate_rps / saturated_rps(run.trace, run.config, costs, adapters)
+    level = load_level(load)
+    found: Mapping[str, Interval] = {}
+    if with_intervals and isinstance(costs, StepCosts):
+        found = intervals(run.trace, run.config, costs, METRICS, adapters=adapters)
+    return Judged(
+        run=run,
+        load_level=level,
+        comparisons=tuple(
+            Comparison(
+                run=run.name,
+                metric=name,
+                load_level=level,
+                measured=run.measured[name],
+                predicted=result.metrics[name],
+            )
+            for name in METRICS
+        ),
+        groups=tuple(by_group(run, result, level)),
+        requests=tuple(by_request(run, result, level)),
+        steps=tuple(by_step(run, costs)),
+        intervals=found,
     )
 
 
 def compare(run: RecordedRun, costs_for: CostsFor) -> list[Comparison]:
     """Simulate a recorded run and compare its metrics."""
-    costs = costs_for(run.config)
-    adapters = run.adapters or None
-    predicted = simulate(run.trace, run.config, costs, adapters=adapters).metrics
-    load = run.load
-    if load is None:
-        load = run.trace.rate_rps / saturated_rps(run.trace, run.config, costs, adapters)
-    level = load_level(load)
-    return [
-        Comparison(
-            run=run.name,
-            metric=name,
-            load_level=level,
-            measured=run.measured[name],
-            predicted=predicted[name],
-        )
-        for name in METRICS
-    ]
+    return list(judge(run, costs_for, with_intervals=False).comparisons)
+
+
+def _stretches(one: Judged, judged: Sequence[Judged]) -> dict[str, float | None]:
+    """Return the stretch of each family as the records of other traces tell it."""
+    others = [other for other in judged if other.run.key != one.run.key]
+    return {family: stretch_of(_scores(others, family)) for family in FAMILIES}
+
+
+def _scores(judged: Iterable[Judged], family: str) -> Iterator[float]:
+    for one in judged:
+        for row in one.comparisons:
+            if family_of(row.metric) == family and _is_known(row) and row.metric in one.intervals:
+                yield one.intervals[row.metric].score(row.measured)
+
+
+def _is_known(row: Comparison) -> bool:
+    return all(np.isfinite(value) and value > 0 for value in (row.measured, row.predicted))
+
+
+def _interval_json(
+    interval: Interval | None, stretch: Mapping[str, float | None], row: Comparison
+) -> dict[str, Any]:
+    """Return an interval, as it is and stretched as other runs tell, and whether each holds what was measured."""
+    if interval is None or not _is_known(row):
+        return {}
+    plain_one = interval.stretched(1.0)
+    found = plain_one.to_json() | {"within": plain_one.holds(row.measured)}
+    del found["value"]
+    factor = stretch[family_of(row.metric)]
+    if factor is not None:
+        wide = interval.stretched(factor)
+        found |= {"stretched_low": wide.low, "stretched_high": wide.high}
+        found["stretched_within"] = wide.holds(row.measured)
+    return found
+
+
+def coverage_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the share of measurements that their intervals hold, in percent: as drawn, and stretched; in all, and by metric."""
+
+    def share(key: str, metric: str | None = None) -> float | None:
+        held = [row[key] for row in rows if key in row and metric in (None, row["metric"])]
+        return 100 * sum(held) / len(held) if held else None
+
+    return {
+        "wanted_pct": 100 * COVERAGE,
+        "bootstrap_pct": share("within"),
+        "stretched_pct": share("stretched_within"),
+        "by_metric": {
+            metric: {
+                "bootstrap_pct": share("within", metric),
+                "stretched_pct": share("stretched_within", metric),
+            }
+            for metric in METRICS
+        },
+    }
+
+
+def _facts(one: Judged) -> dict[str, Any]:
+    run, config = one.run, one.run.config
+    ranks = sorted({spec.rank for spec in run.adapters.values()})
+    return {
+        "run": run.name,
+        "load_level": one.load_level,
+        "load": run.load,
+        "requests": len(run.trace),
+        "duration_s": run.trace.duration_s,
+        "adapters": len(run.trace.columns.adapter_names),
+        "ranks": ranks,
+        "tp": config.tp,
+        "replicas": config.replicas,
+        "lora_sharding": config.lora_sharding,
+        "merge": config.merge,
+        "machine": run.machine,
+    }
 
 
 def saturated_rps(
@@ -156,52 +264,3 @@ def summary(rows: Iterable[Comparison]) -> dict[str, dict[str, dict[str, float |
             }
         )
     return result
-
-
-def _adapters(given: Any, place: str) -> dict[str, AdapterSpec]:
-    if given is None:
-        return {}
-    if not isinstance(given, list) or not all(isinstance(item, dict) for item in given):
-        raise UserError(f"{place}: adapters must be a list of objects")
-    known = {item.name for item in fields(AdapterSpec)} - {"path"}
-    specs = {}
-    for item in given:
-        values = {key: _tuples(value) for key, value in item.items() if key in known and value is not None}
-        if "name" not in values:
-            raise UserError(f"{place}: adapters: name is missing")
-        spec = AdapterSpec(**values)
-        specs[spec.name] = spec
-    return specs
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
-
-
-def _trace(record: RunRecord, name: str) -> Trace:
-    requests = record.requests.sort_values("arrival_s", kind="stable")
-    rows = zip(
-        *(
-            requests[column].tolist()
-            for column in ("id", "arrival_s", "prompt_tokens", "output_tokens", "adapter", "rank")
-        ),
-        requests["prefix_blocks"].tolist() if "prefix_blocks" in requests else [None] * len(requests),
-        strict=True,
-    )
-    return Trace(
-        (
-            TraceRequest(
-                id=id_,
-                arrival_s=float(arrival_s),
-                prompt_tokens=int(prompt_tokens),
-                output_tokens=int(output_tokens),
-                adapter=adapter if isinstance(adapter, str) else None,
-                rank=int(rank)
-                if isinstance(adapter, str) and rank is not None and not pd.isna(rank)
-                else None,
-                prefix_blocks=tuple(blocks) if isinstance(blocks, list) else None,
-            )
-            for id_, arrival_s, prompt_tokens, output_tokens, adapter, rank, blocks in rows
-        ),
-        name,
-    )

@@ -69,6 +69,8 @@ class VllmSetup:
     def check(self) -> None:
         """Raise UserError where vLLM would not start, or does not take these adapters."""
         for name, spec in self.adapters.items():
+            if spec.kind == "dynamic":
+                raise UserError(f"adapter {name!r}: vLLM serves no adapters of kind 'dynamic'")
             if max(spec.module_ranks) > self.max_lora_rank:
                 raise UserError(
                     f"adapter {name!r}: rank {spec.rank} exceeds max_lora_rank={self.max_lora_rank}"

@@ -14,8 +14,9 @@ from traces.command_line import run_app
 from traces.describe import describe, table
 from traces.errors import TraceError
 from traces.importers import TimeUnit, import_azure, import_burstgpt, import_mooncake
+from traces.like import LIKE, Like, cut, synthesize_like
 from traces.native import load, save, to_lines
-from traces.synth import LIKE, S_LORA, Like, Uniform, Workload, synthesize
+from traces.synth import S_LORA, Uniform, Workload, synthesize
 from traces.tenants import load_tenants
 from traces.tool_importers import import_blis, import_timed, import_vidur
 from traces.trace import Trace
@@ -110,7 +111,10 @@ def _imported(
 def synth(
     out: Out = None,
     like: Annotated[
-        Like | None, typer.Option(help="Lengths, rate and CV of a real trace; else S-LoRA's workload.")
+        Like | None,
+        typer.Option(
+            help="Lengths, arrivals and reuse of prefixes of a real trace, from published statistics; else S-LoRA's workload."
+        ),
     ] = None,
     rate: Annotated[
         float | None, typer.Option(help="Requests per second; the source's own, or 2 (S-LoRA).")
@@ -128,7 +132,13 @@ def synth(
     ] = None,
     output_range: Annotated[str | None, typer.Option(help="Output tokens, likewise.")] = None,
     rule: Annotated[
-        Rule | None, typer.Option(help="How adapters are drawn; R1-slora unless told, R1 with --like.")
+        Rule | None,
+        typer.Option(
+            help="How adapters are drawn; unless told R1-slora, with --like R1, and R2 where prefixes are reused."
+        ),
+    ] = None,
+    max_model_len: Annotated[
+        int | None, typer.Option(help="Cut prompts so that prompt and output are at most so many tokens.")
     ] = None,
     adapters: Adapters = 100,
     zipf_s: Zipf = 0.92,
@@ -141,19 +151,28 @@ def synth(
 ) -> None:
     """Make a synthetic trace: S-LoRA's workload, or one like a real trace.
 
-    Gaps are Gamma with shape 1/cv² and scale cv²/rate. Prompt and output lengths are drawn independently.
+    Gaps are Gamma with shape 1/cv² and scale cv²/rate. Prompt and output lengths are drawn independently. With --like, arrivals
+    like azure-code's come in bursts with pauses between, and mooncake's prompts repeat each other's start in conversations; with
+    --cv or a range of lengths beside --like, gaps are Gamma and nothing repeats.
     """
-    base = S_LORA if like is None else LIKE[like]
-    workload = Workload(
-        rate_rps=base.rate_rps if rate is None else rate,
-        cv=base.cv if cv is None else cv,
-        prompt=base.prompt if prompt_range is None else _range("--prompt-range", prompt_range),
-        output=base.output if output_range is None else _range("--output-range", output_range),
-    )
-    trace = synthesize(workload, _count(workload.rate_rps, requests, duration_s), seed)
+    if like is not None and cv is None and prompt_range is None and output_range is None:
+        source = LIKE[like]
+        count = _count(source.workload.rate_rps if rate is None else rate, requests, duration_s)
+        trace = synthesize_like(source, count, seed, rate_rps=rate, max_model_len=max_model_len)
+    else:
+        base = S_LORA if like is None else LIKE[like].workload
+        workload = Workload(
+            rate_rps=base.rate_rps if rate is None else rate,
+            cv=base.cv if cv is None else cv,
+            prompt=base.prompt if prompt_range is None else _range("--prompt-range", prompt_range),
+            output=base.output if output_range is None else _range("--output-range", output_range),
+        )
+        trace = synthesize(workload, _count(workload.rate_rps, requests, duration_s), seed)
+        if max_model_len is not None:
+            trace = cut(trace, max_model_len)
     if adapters:
         how = Assignment(
-            rule=rule or ("R1-slora" if like is None else "R1"),
+            rule=rule or ("R1-slora" if like is None else "R1" if trace.columns.sessions is None else "R2"),
             adapters=adapters,
             zipf_s=zipf_s,
             alpha=alpha,

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
@@ -79,7 +78,6 @@ class Quantiles:
 
 
 Lengths = Uniform | Quantiles
-Like = Literal["azure-conv", "azure-code", "mooncake"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,30 +100,6 @@ class Workload:
 
 # S-LoRA, arXiv:2311.03285, benchmarks/trace.py at c1ddf48: both lengths U[8, 512), cv 1, 1 to 10 a second.
 S_LORA = Workload(rate_rps=2.0, cv=1.0, prompt=Uniform(low=8, high=512), output=Uniform(low=8, high=512))
-
-# Rates, CVs, means and quantiles (p10 to max) as published with the project's trace collection, section 1.1,
-# for the first 40 minutes of each source; the shortest length was read from the same files. Mooncake's own CV
-# (2.97) is an artefact of its 3 s clock: Poisson arrivals (CV 1) stand in.
-LIKE: dict[Like, Workload] = {
-    "azure-conv": Workload(
-        rate_rps=5.91,
-        cv=1.08,
-        prompt=Quantiles(tokens=(2, 220, 1015, 4074, 4085, 4122, 14050), mean=1195),
-        output=Quantiles(tokens=(7, 50, 115, 421, 448, 598, 1000), mean=202),
-    ),
-    "azure-code": Workload(
-        rate_rps=3.13,
-        cv=12.6,
-        prompt=Quantiles(tokens=(3, 150, 1465, 5177, 7168, 7436, 7437), mean=2040),
-        output=Quantiles(tokens=(6, 7, 13, 55, 88, 249, 1899), mean=28),
-    ),
-    "mooncake": Workload(
-        rate_rps=3.28,
-        cv=1.0,
-        prompt=Quantiles(tokens=(891, 974, 7284, 27991, 40411, 89869, 124847), mean=12428),
-        output=Quantiles(tokens=(1, 24, 356, 606, 712, 1170, 2000), mean=347),
-    ),
-}
 
 
 def synthesize(workload: Workload, count: int, seed: int, name: str = "synthetic") -> Trace:

@@ -7,7 +7,7 @@ import itertools
 import logging
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -145,7 +145,8 @@ class AdapterRegistry:
         old, spec = self._served.get(name), prepared.spec
         self._served[name] = ServedAdapter(name=name, internal_name=spec.name, rank=spec.rank, root=path)
         if old is not None:
-            await self._forget(old)
+            with suppress(ValueError):  # merged or dynamic: it stays, and nobody can name it
+                await self._forget(old)
 
     def _check_free(self, name: str, inplace: bool) -> None:
         known = name in self._served
@@ -183,7 +184,11 @@ class AdapterRegistry:
             served = self._served.pop(name, None)
             if served is None:
                 raise ApiError(404, f"The lora adapter '{name}' cannot be found.", param="lora_name")
-            await self._forget(served)
+            try:
+                await self._forget(served)
+            except ValueError as error:  # merged or dynamic
+                self._served[name] = served
+                raise ApiError(409, self._scrub.error(error), param="lora_name") from None
 
     async def _forget(self, served: ServedAdapter) -> None:
         await self._engine.call(lambda engine: engine.unregister(served.internal_name))

@@ -91,7 +91,7 @@ def fails(capsys, arguments, message):
         ({"page_tokens": 1, "num_pages": 400}, "page_tokens must be at least"),
         ({"num_pages": 3}, "num_pages=3 must be at least 4"),
         ({"max_model_len": 4096}, "max_model_len=4096 exceeds"),
-        ({"merge": "hot"}, "merge='hot' is not supported yet"),
+        ({"merge": "hot", "merge_adapter": "x"}, "merge_adapter='x' is not among the adapters given"),
         ({"host_memory_bytes": 1000}, "host_memory_bytes=1000"),
     ],
 )
@@ -221,3 +221,12 @@ def test_bench_says_what_it_cannot_do_before_anything_is_built(world, tmp_path, 
     fails(capsys, [*arguments, "--out", str(tmp_path / "new")], "max_model_len=256 must be at least 1024")
     fails(capsys, [*arguments, "--out", str(tmp_path / "new"), "--batches", "many"], "--batches")
     assert not (tmp_path / "new").exists()
+
+
+def test_a_profile_is_not_made_under_another_gpus_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA A100-SXM4-80GB")
+    assert main(["profile", "--out", str(tmp_path)]) == 2
+    assert "--gpu h200: the GPU here is 'NVIDIA A100-SXM4-80GB'" in capsys.readouterr().err
+    assert main(["profile", "--out", str(tmp_path), "--gpu", "nobody"]) == 2
+    assert "gpu 'nobody' is not known" in capsys.readouterr().err

@@ -13,6 +13,7 @@ from engine.replay import replay_on_replicas
 from engine.replicas import Replicas
 from engine.requests import Request
 from engine.router import Router
+from engine.router_costs import RouterCosts
 from tests.engine.tiny import save_model, tiny_model
 from traces import load
 from traces.run_record import read_run
@@ -123,8 +124,9 @@ def test_a_request_that_no_replica_can_hold_is_refused_with_the_reason(world):
 
 
 def test_the_router_passes_over_what_is_removed():
-    for policy in ("round_robin", "least_loaded", "adapter_affinity"):
-        router = Router(policy, 3)
+    costs = RouterCosts(prefill_token_s=1e-4, step_s=0.01, row_s=1e-4, adapter_s=1e-4, load_s=1e-3)
+    for policy in ("round_robin", "least_loaded", "adapter_affinity", "cost_aware"):
+        router = Router(policy, 3, costs=costs)
         router.remove(1)
         assert {router.route(f"a{number}", 10) for number in range(20)} == {0, 2}
         router.remove(0)

@@ -65,12 +65,25 @@ def test_merges_one_after_the_other_and_takes_out(packed, backend):
     assert merge.pristine_bytes == sum(matrix.numel() * 4 for matrix in before)
 
 
+def test_what_is_prepared_changes_nothing(packed):
+    weights = random_weights(SHAPE, torch.float32, "cpu", 0)
+    before = [matrix.clone() for matrix in matrices(weights)]
+    merge = StaticMerge(weights, SHAPE, switch_ops_for("reference"))
+    for ranks in RANKS:
+        merge.prepare(ranks)
+    assert all(torch.equal(a, b) for a, b in zip(matrices(weights), before, strict=True))
+    wanted = dense(weights, packed, 0)
+    merge.merge_(adapter(packed, 0), "x")
+    for found, want in zip(matrices(weights), wanted, strict=True):
+        torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("bad", [1e4, float("nan"), float("inf")])
 def test_an_adapter_that_would_ruin_the_base_is_refused(packed, bad):
     weights = random_weights(SHAPE, torch.float32, "cpu", 0)
     before = [matrix.clone() for matrix in matrices(weights)]
     merge = StaticMerge(weights, SHAPE, switch_ops_for("reference"))
-    a, _ = adapter(packed, 2).factors(1, 3, 64, 64)
+    a = packed.a(2, 1, 3)
     packed.pool[packed.pool == a[2, 5]] = bad
     with pytest.raises(UserError, match=r"adapter 'bad': its update is .* times a weight"):
         merge.merge_(adapter(packed, 2), "bad")

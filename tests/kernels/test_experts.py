@@ -100,6 +100,22 @@ def test_experts(target, tokens, experts, top_k, rank, targets):
         first += width
 
 
+@pytest.mark.parametrize("kernel", [expert_expand.expert_expand_, expert_expand_ref.expert_expand_])
+def test_what_experts_make_of_a_token_without_them_stays_out(target, kernel):
+    case = Case(target, tokens=7, experts=3, top_k=1, rank=5)
+    unrouted = case.indices[:, 0] < 0
+    assert unrouted.any()
+
+    def shrink(*arguments, launch):
+        bridge = expert_shrink_ref.expert_shrink(*arguments, launch=launch)
+        bridge[:, :, unrouted] = float("inf")
+        return bridge
+
+    found = case.run(shrink, kernel)
+    assert torch.equal(found[unrouted], case.y[unrouted])
+    assert torch.isfinite(found).all()
+
+
 def test_no_tokens(target):
     case = Case(target, tokens=1, experts=2, top_k=1, rank=4)
     case.x, case.y, case.touched = case.x[:0], case.y[:0], case.touched[:0]

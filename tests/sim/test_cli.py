@@ -55,6 +55,15 @@ def test_run_prints_the_metrics(files, capsys):
     assert "ttft_p50_s" in capsys.readouterr().out
 
 
+def test_run_says_where_metrics_should_lie(files, capsys):
+    result = out_json(capsys, "run", *run_arguments(files), "--intervals")
+    found = result["intervals"]["tpot_p50_s"]
+    assert found["low"] < result["metrics"]["tpot_p50_s"] == found["value"] < found["high"]
+    assert found["provenance"] in ("measured", "interpolated", "extrapolated")
+    assert sim("run", *run_arguments(files), "--intervals") == 0
+    assert "where it should lie" in capsys.readouterr().out
+
+
 def test_run_takes_adapters(files, capsys, tmp_path):
     lines = [json.dumps({"name": f"a{i}", "rank": 128}) for i in range(3)]
     (tmp_path / "adapters.jsonl").write_text("\n".join(lines))
@@ -180,4 +189,5 @@ def test_load_levels():
 
 def test_validate_is_a_plain_function(files, runs):
     profile = load_profile(files / "profile.json")
-    assert validate(runs, lambda config: costs_for(profile, config))["runs"] == 2
+    found = validate(runs, lambda config: costs_for(profile, config), with_intervals=False)
+    assert found["runs"] == 2 and found["coverage"]["bootstrap_pct"] is None

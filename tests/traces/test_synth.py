@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 
 from traces import TraceError
-from traces.synth import LIKE, S_LORA, Like, Quantiles, Uniform, Workload, gamma_gaps_s, synthesize
+from traces.like import LIKE, Like
+from traces.synth import S_LORA, Quantiles, Uniform, Workload, gamma_gaps_s, synthesize
 
 
 def test_equal_seeds_give_equal_traces() -> None:
@@ -34,8 +35,9 @@ def test_gamma_gaps_have_the_rate_and_the_cv(cv: float) -> None:
 
 @pytest.mark.parametrize("like", LIKE)
 def test_published_quantiles_and_means_are_met(like: Like) -> None:
-    columns = synthesize(LIKE[like], 100_000, seed=0).columns
-    drawn = ((LIKE[like].prompt, columns.prompt_tokens), (LIKE[like].output, columns.output_tokens))
+    workload = LIKE[like].workload
+    columns = synthesize(workload, 100_000, seed=0).columns
+    drawn = ((workload.prompt, columns.prompt_tokens), (workload.output, columns.output_tokens))
     for published, tokens in drawn:
         assert isinstance(published, Quantiles)
         assert tokens.mean() == pytest.approx(published.mean, rel=0.02)

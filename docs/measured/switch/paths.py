@@ -1,247 +1,29 @@
-"""Measure every decode path of dynamic adapters on one H200 and write JSON: python docs/measured/switch.py OUT.json [--tiny].
-
-Correctness first, then the segmented product alone, then whole tokens, drift and break-even. What fails is written down and the rest goes on;
-the file is written after every row. --tiny: a dry run on a CPU in Triton's interpreter, whose times mean nothing.
-"""
+"""Whole tokens along every decode path, of one model with one dynamic adapter."""
 
 from __future__ import annotations
 
-import argparse
-import faulthandler
-import gc
-import json
-import multiprocessing
-import os
-import sys
-import time
-import traceback
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, wait
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
-
-if "--tiny" in sys.argv:
-    os.environ["TRITON_INTERPRET"] = "1"  # decided when Triton is imported
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 import torch
 
+from docs.measured.switch.run import EXPERTS, TOP_K, Run, candidates, ops_of
 from engine.dynamic_adapter import DynamicAdapterSpec
 from engine.expert_merge import ExpertMerge
 from engine.expert_pools import ExpertPools, random_expert_pools
-from engine.model_shape import MODEL_CATALOGUE, ModelShape
-from engine.ops import ops_for
-from engine.provenance import provenance
-from engine.switch_check import check_decoder
-from engine.switch_ops import SwitchOps, switch_ops_for
+from engine.model_shape import ModelShape
+from engine.switch_ops import SwitchOps
 from engine.switch_paths import SwitchDecoder
 from engine.weights import ModelWeights, random_weights
-from kernels.compile_ahead import Job
 from kernels.expert_launch import TILE_CANDIDATES, TOKEN_CANDIDATES, ExpertTuning
-from kernels.graph_time import replay_us
 from kernels.sgmm import Sgmm
-from kernels.sgmm_bench import bound_us, compile_jobs, sweep
+from kernels.sgmm_bench import sweep
 from kernels.sgmm_launch import CANDIDATES, SgmmTuning
-from kernels.sgmm_plan import SgmmPlan, SgmmWeight, plan_sgmm
+from kernels.sgmm_plan import SgmmPlan
 
-EXPERTS, TOP_K = 8, 2
 CONTEXT, MAX_TOKENS = 128, 512
 HELD = (8, 16, 32, 48, 64)  # tokens that a route is held for
-CHECK_S = 110.0  # for all checks together
-TINY = ModelShape(
-    name="tiny", hidden_size=64, intermediate_size=64, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=16,
-    vocab_size=128, max_position_embeddings=1024,
-)  # fmt: skip
-
-
-class Run:
-    """What is measured, where it goes, and how much time is left."""
-
-    def __init__(self, out: Path, tiny: bool, budget_s: float) -> None:
-        self.out, self.tiny = out, tiny
-        self.start, self.budget_s = time.monotonic(), budget_s
-        self.device = torch.device("cpu" if tiny else "cuda")
-        self.dtype = torch.float32 if tiny else torch.bfloat16
-        self.result: dict[str, Any] = {"provenance": provenance(), "errors": []}
-        self.wrong: set[str] = set()
-
-    def log(self, line: str) -> None:
-        print(f"{time.monotonic() - self.start:5.0f} s  {line}", flush=True)
-
-    def add(self, part: str, row: dict[str, Any]) -> None:
-        """Keep a row, print it, write the file."""
-        self.result.setdefault(part, []).append(row)
-        self.log(f"{part}: " + "  ".join(f"{key} {value}" for key, value in row.items() if key != "tunings"))
-        self.write()
-
-    def write(self) -> None:
-        temporary = self.out.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self.result, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(self.out)
-
-    def failed(self, what: str, error: BaseException) -> None:
-        """Write down what went wrong."""
-        last = traceback.format_exception(error)[-12:]
-        self.result["errors"].append(
-            {"what": what, "error": repr(error)[:400], "trace": "".join(last)[-2000:]}
-        )
-        self.log(f"FAILED {what}: {repr(error)[:300]}")
-        self.write()
-
-    @contextmanager
-    def guarded(self, what: str) -> Iterator[None]:
-        """Let nothing but an interrupt out; skip nothing silently."""
-        try:
-            if time.monotonic() - self.start > self.budget_s:
-                raise TimeoutError(f"left out: past {self.budget_s:.0f} s")
-            yield
-            self.synchronize()
-        except Exception as error:
-            self.failed(what, error)
-
-    def synchronize(self) -> None:
-        if not self.tiny:
-            torch.cuda.synchronize()
-
-    def capture(self, call: Callable[[], object]) -> Callable[[], object]:
-        """Return what replays a captured call; the call itself on a CPU."""
-        if self.tiny:
-            return call
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(2):
-                call()
-        torch.cuda.current_stream().wait_stream(side)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        gc.collect()
-        gc.disable()  # what it frees during a capture would end the capture
-        try:
-            with torch.cuda.graph(graph):
-                call()
-        finally:
-            gc.enable()
-        return graph.replay
-
-    def ms(self, call: Callable[[], object], replays: int = 20) -> float:
-        """Return the median milliseconds of a call by the device's clock, or of a captured one's replays."""
-        graph = getattr(call, "__self__", None)
-        if not self.tiny and isinstance(graph, torch.cuda.CUDAGraph):
-            return replay_us(graph, replays) / 1e3
-        return self.wall_ms(call, 1 if self.tiny else replays)
-
-    def wall_ms(self, call: Callable[[], object], steps: int, warm: int = 2) -> float:
-        """Return the mean milliseconds of calls one after the other, the host's work included."""
-        for _ in range(1 if self.tiny else warm):
-            call()
-        self.synchronize()
-        begin = time.perf_counter()
-        for _ in range(steps):
-            call()
-        self.synchronize()
-        return (time.perf_counter() - begin) / steps * 1e3
-
-    def free(self) -> None:
-        gc.collect()
-        if not self.tiny:
-            torch.cuda.empty_cache()
-
-
-def main() -> int:
-    """Measure; return 0, or 1 where something failed."""
-    options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("out", type=Path)
-    options.add_argument("--tiny", action="store_true", help="dry run on a CPU")
-    options.add_argument("--models", default="llama-2-7b,llama-3.1-8b")
-    options.add_argument("--ranks", default="64,128")
-    options.add_argument("--budget-s", type=float, default=280.0, help="start nothing new after so long")
-    given = options.parse_args()
-    faulthandler.enable()
-    if not given.tiny:  # once, where something hangs: a dump of a thread that runs on can end it
-        faulthandler.dump_traceback_later(given.budget_s, repeat=False)
-    run = Run(given.out, given.tiny, given.budget_s)
-    shapes = [TINY] if run.tiny else [MODEL_CATALOGUE[name] for name in given.models.split(",")]
-    ranks = [16] if run.tiny else [int(rank) for rank in given.ranks.split(",")]
-    check_kernels(run, shapes, ranks)
-    for shape in shapes:
-        with run.guarded(f"{shape.name}: weights"):
-            measure_model(run, shape, ranks)
-        run.free()
-    for rank in ranks:
-        with run.guarded(f"drift r={rank}"):
-            measure_drift(run, shapes[-1], rank)
-    faulthandler.cancel_dump_traceback_later()
-    run.log(f"{len(run.result['errors'])} errors; {run.out}")
-    run.write()
-    return 1 if run.result["errors"] else 0
-
-
-def ops_of(run: Run) -> SwitchOps:
-    """Return the kernels; on a CPU those of the base, which are tested elsewhere, by their references."""
-    ops = switch_ops_for("triton")
-    return replace(ops, base=ops_for("reference")) if run.tiny else ops
-
-
-def candidates(run: Run) -> tuple[SgmmTuning, ...]:
-    """Return the tunings to try."""
-    return (
-        (SgmmTuning(block_out=64, block_in=64), SgmmTuning(block_out=64, block_in=64, flatten=True))
-        if run.tiny
-        else CANDIDATES
-    )
-
-
-def check_kernels(run: Run, shapes: list[ModelShape], ranks: list[int]) -> None:
-    """Check everything in processes of their own, which also compile it: what fails or hangs there is not timed, and cannot take this one along."""
-    jobs: list[tuple[str, Job]] = [
-        (f"sgmm {job[1][0].name}", job) for job in compile_jobs(ranks, candidates(run))
-    ]
-    if run.tiny:
-        for name, (check, arguments) in jobs:
-            with run.guarded(name):
-                run.result.setdefault("checks", []).append([name, check(*arguments, run.dtype, "cpu")])
-        return
-    for shape in shapes:
-        for rank in ranks:
-            for batch in (1, 8, 32):
-                for tuning in TOKEN_CANDIDATES if batch == 1 else TILE_CANDIDATES:
-                    name = f"experts {batch > 1} {tuning.name}"
-                    jobs.append((name, (check_decoder, (shape.name, rank, batch, tuning))))
-    with run.guarded("checks apart"):
-        run.wrong = check_apart(run, jobs)
-    with run.guarded("copy rate"):
-        source = torch.ones(2**31, dtype=torch.bfloat16, device=run.device)
-        target = torch.empty_like(source)
-        ms = run.ms(run.capture(lambda: target.copy_(source)))
-        run.add("ceilings", {"copy_gb_per_s": round(2 * source.numel() * 2 / ms / 1e6, 1)})
-
-
-def check_apart(run: Run, jobs: list[tuple[str, Job]]) -> set[str]:
-    """Run the jobs in processes; return the names of which one failed or did not end in time."""
-    wrong: set[str] = set()
-    pool = ProcessPoolExecutor(14, mp_context=multiprocessing.get_context("spawn"))
-    futures = {pool.submit(check, *arguments): (name, arguments) for name, (check, arguments) in jobs}
-    done, late = wait(futures, timeout=CHECK_S)
-    for future in done:
-        name, arguments = futures[future]
-        if error := future.exception():
-            wrong.add(name)
-            run.failed(f"check {name} {arguments}", error)
-        else:
-            run.result.setdefault("checks", []).append([name, repr(arguments), future.result()])
-    for future in late:
-        wrong.add(futures[future][0])
-        run.result["errors"].append({"what": f"check {futures[future]}", "error": "did not end in time"})
-    processes = list((pool._processes or {}).values())
-    pool.shutdown(wait=False, cancel_futures=True)
-    for process in processes if late else []:
-        process.terminate()
-    run.log(f"checked {len(done)} of {len(jobs)}, wrong: {sorted(wrong)}")
-    run.write()
-    return wrong
 
 
 def measure_model(run: Run, shape: ModelShape, ranks: list[int]) -> None:
@@ -286,8 +68,6 @@ class Model:
             run.free()
         with run.guarded(f"{self.what} layerwise"):
             self.layerwise()
-        with run.guarded(f"{self.what} static"):
-            self.static()
         with run.guarded(f"{self.what} agreement"):
             self.agreement()
         with run.guarded(f"{self.what} break-even"):
@@ -457,21 +237,6 @@ class Model:
         with run.guarded(f"{self.what} layerwise by one router"):
             self.logits["layerwise by one router"] = self.decoder(1).forward("layerwise").float().clone()
 
-    def static(self) -> None:
-        """Time the merge of one ordinary adapter of this rank, and putting the pristine weights back."""
-        merge = ExpertMerge(self.pools, self.weights, self.ops, in_place=False)
-        items = [
-            SgmmWeight(target=item.target, source=item.source, up=item.up[:1], down=item.down[:1])
-            for item in merge.plan.weights
-        ]
-        plan = plan_sgmm(items, 1, in_place=False, staged=False)
-        one = Sgmm(plan, self.best.get(False) or (candidates(self.run)[0] if self.run.tiny else None))
-        route = torch.zeros(1, dtype=torch.int32, device=self.run.device)
-        ms = self.run.ms(self.run.capture(lambda: one.merge_(route)))
-        back = self.run.ms(self.run.capture(merge.restore))
-        row = {**self.key, "merge_ms": round(ms, 4), "restore_ms": round(back, 4)}
-        self.run.add("static", {**row, "bound_ms": round(bound_us(plan) / 1e3, 4)})
-
     def agreement(self) -> None:
         """Hold every path's logits of one token against the unmerged ones."""
         wanted = self.logits["unmerged"]
@@ -522,56 +287,3 @@ class Model:
                     "gain_ms": round(gain, 4),
                 }
                 self.run.add("break_even", {**row, "tokens": round(switch / gain, 1) if gain > 0 else None})
-
-
-def measure_drift(run: Run, shape: ModelShape, rank: int) -> None:
-    """Merge 10,000 random tokens in place into one layer of real shapes, and say what is lost."""
-    shape = replace(shape, num_layers=1, vocab_size=128)
-    steps = 3 if run.tiny else 10_000
-    ops = ops_of(run)
-    weights = random_weights(shape, run.dtype, run.device, seed=0)
-    spec = DynamicAdapterSpec(name="d", num_experts=EXPERTS, top_k=TOP_K, rank=rank)
-    pools = random_expert_pools(spec, shape, seed=rank, dtype=run.dtype, device=run.device)
-    if run.tiny:
-        ops = replace(
-            ops,
-            merge_of=lambda plan: (
-                lambda route, weight: Sgmm(plan, candidates(run)[1]).merge_(route, weight=weight)
-            ),
-        )
-    merge = ExpertMerge(pools, weights, ops, in_place=True)
-    decoder = SwitchDecoder(shape, weights, pools, ops, batch=1, max_tokens=16, merge=merge)
-    x = torch.randn(steps, shape.hidden_size, device=run.device).to(run.dtype)
-    at = torch.zeros(1, dtype=torch.int64, device=run.device)
-
-    def token() -> None:
-        decoder.route.keep_last()
-        decoder.route.fill(x.index_select(0, at), pools.routers[0])
-        merge.merge_(decoder.route)
-        at.add_(1).clamp_(max=steps - 1)
-
-    replay = run.capture(token)
-    merge.restore()
-    decoder.route.segments.zero_()
-    at.zero_()
-    update = (
-        pools.layers[0][3].a[0].float().square().sum() * pools.layers[0][3].b[0].float().square().sum()
-    ).sqrt()
-    scale = (update / weights.layers[0].down.float().norm() / rank**0.5).item()
-    for done in range(1, steps + 1):
-        replay()
-        if done in (1, 10, 100, 1000, steps):
-            drift = merge.drift(decoder.route)
-            bound = 2**-8 / 3**0.5 * done**0.5
-            row = {
-                "model": shape.name,
-                "rank": rank,
-                "tokens": done,
-                "drift": round(drift, 6),
-                "bound": round(bound, 6),
-            }
-            run.add("drift", {**row, "expert_over_weight": round(scale, 4)})
-
-
-if __name__ == "__main__":
-    sys.exit(main())
