@@ -9,10 +9,13 @@ BENCH_OUT ?= .out/kernels.json
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: plan test check test-gpu bench-kernels profile clean
+.PHONY: plan dashboard test check test-gpu bench-kernels profile worked-answers screenshots clean
 
 plan: .venv/.plan-ready ## recommend a configuration for the sample trace on 8 GPUs
 	$(BIN)/plan --trace traces/samples/sample.jsonl.gz --gpus 8
+
+dashboard: .venv/.plan-ready ## the capacity-planning dashboard, in a browser
+	$(BIN)/streamlit run app.py
 
 test: .venv/.dev-ready ## the tests that need no GPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m 'not gpu and not slow' -n auto --maxprocesses 8
@@ -34,6 +37,12 @@ bench-kernels: ## every kernel against its reference and its bound
 profile: ## measure the engine's steps and operators
 	@mkdir -p $(dir $(PROFILE_OUT))
 	$(GPU_PYTHON) -m engine profile --model $(MODEL) --out $(PROFILE_OUT)
+
+worked-answers: .venv/.plan-ready ## work out anew what the dashboard's first screens show
+	$(BIN)/python -m planner.worked
+
+screenshots: .venv/.dev-ready ## take docs/screenshots anew (needs Chromium)
+	$(BIN)/python -m tests.dashboard.browser
 
 clean: ## remove what building and testing left (not .venv)
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .out plan-output

@@ -8,7 +8,8 @@ from engine.adapter import DEFAULT_RANK, AdapterSpec
 from engine.config import ServingConfig
 from planner.intervals import EXTRAPOLATED_FACTOR, EXTRAPOLATED_LEAST, error_of
 from planner.trial import Trial
-from planner.workload import REQUESTS_A_REPLICA, WINDOW_REQUESTS, longest_request, too_long
+from planner.workload import REQUESTS_A_REPLICA, STRETCH_REQUESTS, WINDOW_REQUESTS, longest_request, too_long
+from sim.merge_costs import switch_provenance
 from sim.profile import Profile
 from traces import Trace
 
@@ -24,7 +25,8 @@ def assumptions(
         f"A prediction's interval is the cost model's held-out error (±{error:.1%} a step) through the queue; "
         f"extrapolated steps: ±{error_of(error, 1.0):.0%} (×{EXTRAPOLATED_FACTOR:g}, at least ±{EXTRAPOLATED_LEAST:.0%}).",
         "Sustainable rates speed the trace up evenly: the same requests and bursts in less time.",
-        f"Settings are compared with one replica on the busiest {WINDOW_REQUESTS:,} requests, shapes on the whole trace.",
+        f"Settings are compared with one replica on the busiest {WINDOW_REQUESTS:,} requests, shapes on the busiest "
+        f"{STRETCH_REQUESTS:,}, the best on the whole trace.",
         "Prices are examples in planner/prices.json; --prices gives your own.",
     ]
     if trace.columns.prefix_blocks is not None:
@@ -72,6 +74,15 @@ def warnings(
         said.append(
             "The trace shares prompt prefixes: prefix caching is off, every prompt is computed in full."
         )
+    shedding = [trial for trial in shown if trial.config.scheduler == "slo" and trial.at_best is not None]
+    if shedding and shedding[0].at_best is not None:
+        turned = shedding[0].at_best.use.get("refused", 0.0)
+        requests = float(shedding[0].at_best.metrics.get("requests", 0.0))
+        share = turned / requests if requests else 0.0
+        said.append(
+            f"The scheduler 'slo' turns away requests that would be too late: at its highest rate {share:.1%} of them, which count as "
+            "missed. --scheduler fcfs,clustered,fair plans without."
+        )
     measured = {steps.tp for steps in profile.parallel if steps.model.name == config.model.lower()}
     degrees = sorted({trial.config.tp for trial in shown if trial.config.tp > 1} - measured)
     if degrees:
@@ -82,6 +93,10 @@ def warnings(
     if profile.gpu.lower() != config.gpu.lower():
         said.append(
             f"Costs were measured on {profile.gpu} and are scaled to {config.gpu} by specification: all numbers are extrapolated."
+        )
+    if any(trial.config.merge == "dynamic" for trial in shown):
+        said.append(
+            f"What merging another adapter takes, under merge='dynamic': {switch_provenance(config)}."
         )
     if profile.model.name != config.model.lower():
         said.append(f"Costs are scaled from {profile.model.name}, which was measured, to {config.model}.")

@@ -8,7 +8,8 @@ from typing import Protocol
 
 from engine.config import ServingConfig
 from planner.probe import Probe, Prober
-from planner.rate import highest_scale
+from planner.rate import RateRange, highest_scale
+from planner.retraining import Change, Retraining, priced
 from planner.trial import Trial
 from planner.workload import Piece
 
@@ -54,6 +55,22 @@ class RateJob:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Challenge:
+    """Ask whether a configuration meets the SLO on a piece of the trace at one rate: a lost challenge ends early."""
+
+    config: ServingConfig
+    piece: Piece
+    rate_rps: float
+
+    def run(self, prober: Prober) -> list[Trial]:
+        """Return a trial that knows of this rate alone."""
+        own_rps = prober.workload.piece(self.piece).rate_rps
+        found = prober(self.config, self.piece, self.rate_rps / own_rps)
+        known = RateRange(found if found.meets else None, None if found.meets else found, 1)
+        return [Trial.of(self.config, self.piece, own_rps, known)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ProbeJob:
     """Simulate a configuration on a piece of the trace at the rate that is asked for."""
 
@@ -65,8 +82,21 @@ class ProbeJob:
         return prober(self.config, self.piece, 1.0, watch=True)
 
 
-Job = RateJob | ProbeJob
-Answer = list[Trial] | Probe
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RetrainJob:
+    """Find what one replica of a configuration would sustain with retrained adapters."""
+
+    config: ServingConfig
+    change: Change
+    guess_rps: float
+
+    def run(self, prober: Prober) -> Retraining | None:
+        """Return what it would gain; None where the adapters cannot be retrained so."""
+        return priced(prober, self.config, self.change, self.guess_rps)
+
+
+Job = RateJob | Challenge | ProbeJob | RetrainJob
+Answer = list[Trial] | Probe | Retraining | None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -82,7 +112,12 @@ class Runner:
 class Jobs(Protocol):
     """What runs jobs: `planner.workers.Workers`."""
 
-    def run(self, jobs: Sequence[Job], on_done: Callable[[], None] = ...) -> list[Answer | None]:
+    def run(
+        self,
+        jobs: Sequence[Job],
+        on_done: Callable[[], None] = ...,
+        on_answer: Callable[[int, Answer], None] = ...,
+    ) -> list[Answer | None]:
         """Return the answers in order; None where time was up."""
 
     @property

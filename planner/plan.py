@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from engine.config import ServingConfig
+from planner.headroom import Resource, first_to_break
 from planner.intervals import Prediction
 from planner.retraining import Retraining
 from planner.space import Infeasible
@@ -14,7 +15,7 @@ from planner.trial import Trial
 from planner.workload import Piece
 from traces.metrics import Slo
 
-Objective = Literal["goodput", "min-gpus"]
+Objective = Literal["goodput", "min-gpus", "pareto"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,7 +25,9 @@ class Choice:
     predicted: metrics at the rate that is asked for, by key, and `sustainable_rps`. judged_on, predicted_on: what
     piece of the trace `sustainable_rps` and the metrics come from. memory_per_gpu_bytes: adds up to the GPU's memory; adapters and KV at
     their peak at the highest sustainable rate. bottleneck: what bounds it there. misses: what most requests that
-    miss the SLO at the rate asked for miss, where it is not met.
+    miss the SLO at the rate asked for miss, where it is not met. resources: what is used at the highest rate, the fullest first.
+    adapters_missing: attainment, at the rate asked for, of the adapters that miss the SLO's, the worst first.
+    cost_usd_per_million_tokens: of prompts and outputs together, at the highest sustainable rate.
     """
 
     config: ServingConfig
@@ -37,6 +40,14 @@ class Choice:
     cost_usd_per_hour: float | None
     meets_slo: bool
     misses: str | None
+    resources: tuple[Resource, ...] = ()
+    adapters_missing: Mapping[str, float] = field(default_factory=dict)
+    cost_usd_per_million_tokens: float | None = None
+
+    @property
+    def breaks_first(self) -> Resource | None:
+        """The resource with the least headroom at the highest sustainable rate."""
+        return first_to_break(list(self.resources))
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON form."""
@@ -51,12 +62,36 @@ class Choice:
             "cost_usd_per_hour": self.cost_usd_per_hour,
             "meets_slo": self.meets_slo,
             "misses": self.misses,
+            "resources": [item.to_json() for item in self.resources],
+            "breaks_first": None if self.breaks_first is None else self.breaks_first.name,
+            "adapters_missing_slo": dict(self.adapters_missing),
+            "cost_usd_per_million_tokens": self.cost_usd_per_million_tokens,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunnerUp:
+    """The second best, and what it would take to prefer it."""
+
+    config: ServingConfig
+    sustainable_rps: float
+    would_take: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON form."""
+        return {
+            "config": self.config.to_json(),
+            "sustainable_rps": self.sustainable_rps,
+            "would_take": list(self.would_take),
         }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """The answer. `recommended` is None where no configuration meets the SLO: then there is `nearest`."""
+    """The answer. `recommended` is None where no configuration meets the SLO: then there is `nearest`.
+
+    interrupted: by Ctrl-C: the best so far. front: with the objective `pareto`, what no other beats in GPUs and in rate.
+    """
 
     objective: Objective
     gpus: int
@@ -72,21 +107,14 @@ class Plan:
     retraining: tuple[Retraining, ...]
     trials: tuple[Trial, ...]
     impossible: tuple[Infeasible, ...]
+    interrupted: bool = False
+    front: tuple[Choice, ...] = ()
+    runner_up: RunnerUp | None = None
 
     def trial_rows(self) -> list[dict[str, Any]]:
         """Return everything that was tried, one object each."""
         rows = [trial.to_json() for trial in self.trials]
-        return rows + [
-            {
-                "tp": setting.tp,
-                "max_num_seqs": setting.max_num_seqs,
-                "max_num_batched_tokens": setting.max_num_batched_tokens,
-                "lora_sharding": setting.lora_sharding,
-                "status": "infeasible",
-                "reason": setting.reason,
-            }
-            for setting in self.impossible
-        ]
+        return rows + [setting.to_json() for setting in self.impossible]
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON form."""
@@ -109,6 +137,8 @@ class Plan:
             "assumptions": list(self.assumptions),
             "warnings": list(self.warnings),
             "retraining": [item.to_json() for item in self.retraining],
+            "runner_up": None if self.runner_up is None else self.runner_up.to_json(),
+            "pareto": [choice.to_json() for choice in self.front],
             "trials": self.trial_rows(),
         }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from engine.config import ServingConfig
 from planner.witness import Priced, Witness
 from planner.workload import Piece, Workload
 from sim.costs import Provenance
-from sim.result import SimResult
+from sim.result import SimResult, Utilisation
 from sim.simulate import Progress
 from traces import Trace
 from traces.metrics import Slo
@@ -30,7 +30,8 @@ class Probe:
     scale: the rate, as a multiple of the trace's own. attainment: share of requests that met the SLO (0 where the
     simulation was broken off because `wanted` could not be reached any more). missed: share of the requests
     that missed each bound, and that were not served. provenance: the weakest of any step's price;
-    extrapolated_share: of the steps (both None where nobody watched).
+    extrapolated_share: of the steps (both None where nobody watched). use: shares of time and capacity, and facts
+    (`sim.result.Utilisation`, `sim.bottleneck.facts_of`), and `duration_s`. by_adapter: attainment by adapter, where somebody watched.
     """
 
     scale: float
@@ -45,6 +46,8 @@ class Probe:
     step_share: float
     provenance: Provenance | None = None
     extrapolated_share: float | None = None
+    use: Mapping[str, float] = field(default_factory=dict)
+    by_adapter: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def meets(self) -> bool:
@@ -124,7 +127,35 @@ def _probe(result: SimResult, slo: Slo, scale: float, witness: Witness | None) -
         step_share=use.step_share,
         provenance=None if witness is None else witness.worst,
         extrapolated_share=None if witness is None else witness.extrapolated / max(1, witness.steps),
+        use=_use(result),
+        by_adapter={} if witness is None else _by_adapter(result.columns, latencies, slo),
     )
+
+
+def _use(result: SimResult) -> dict[str, float]:
+    shares = {
+        name: getattr(result.utilisation, name) for name in Utilisation.__slots__ if name != "time_shares"
+    }
+    return {
+        **{name: float(value) for name, value in (shares | dict(result.facts)).items()},
+        "duration_s": float(result.duration_s),
+        "refused": float(sum(result.refused.values())),
+    }
+
+
+def _by_adapter(
+    columns: Mapping[str, NDArray[Any]], latencies: Mapping[str, Floats], slo: Slo
+) -> dict[str, float]:
+    """Return the share of each adapter's requests that met the SLO; a request that was not served missed it."""
+    met = (latencies["ttft"] <= slo.ttft_s) & ~np.isnan(latencies["e2e"])
+    met &= np.isnan(latencies["tpot"]) | (latencies["tpot"] <= slo.tpot_s)
+    if slo.e2e_s is not None:
+        met &= latencies["e2e"] <= slo.e2e_s
+    names = np.array(["" if name is None else str(name) for name in columns["adapter"]])
+    known, index = np.unique(names, return_inverse=True)
+    counts = np.bincount(index)
+    shares = np.bincount(index, weights=met.astype(float)) / counts
+    return {str(name): float(share) for name, share in zip(known, shares, strict=True) if name}
 
 
 def _latencies(columns: Mapping[str, NDArray[Any]]) -> dict[str, Floats]:

@@ -72,7 +72,7 @@ def _beyond(found: Probe, reach: float) -> float:
     """
     if found.aborted:
         return found.scale / (1 + reach)
-    gap = (_logit(found.attainment) - _logit(found.wanted)) / USUAL_SLOPE
+    gap = (logit(found.attainment) - logit(found.wanted)) / USUAL_SLOPE
     step = max(log1p(reach) / 2, min(log1p(2 * reach), abs(gap) * 1.2))
     return found.scale * exp(step if found.meets else -step)
 
@@ -86,13 +86,14 @@ def _between(passed: Probe, failed: Probe, tolerance: float) -> float:
     low, high = log(passed.scale), log(failed.scale)
     if failed.aborted:
         return exp((low + high) / 2)
-    above, wanted, below = (_logit(share) for share in (passed.attainment, passed.wanted, failed.attainment))
+    above, wanted, below = (logit(share) for share in (passed.attainment, passed.wanted, failed.attainment))
     part = (above - wanted) / (above - below) if above > below else 0.5
     past = log1p(tolerance) * (0.45 if part < 0.5 else -0.45)
     margin = 0.15 * (high - low)
     return exp(min(high - margin, max(low + margin, low + part * (high - low) + past)))
 
 
-def _logit(share: float) -> float:
+def logit(share: float) -> float:
+    """Return the logit of a share, which is held within 0.001 and 0.999."""
     inside = min(0.999, max(0.001, share))
     return log(inside / (1 - inside))

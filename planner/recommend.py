@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 from engine.adapter import AdapterSpec, adapters_of_trace
 from engine.blueprint import blueprint
 from engine.config import ServingConfig
-from engine.errors import UserError
 from planner import assumptions as said
+from planner.cluster import ClusterWorkers
+from planner.headroom import Resource, resources
 from planner.intervals import Prediction, error_of, predictions, rate, step_error
-from planner.jobs import Runner
-from planner.plan import Choice, Objective, Plan
+from planner.jobs import Answer, Job, Jobs, Runner
+from planner.journal import Journal
+from planner.plan import Choice, Objective, Plan, RunnerUp
+from planner.pricing import Pricing
 from planner.probe import Prober, Simulate
-from planner.retraining import retrainings
 from planner.search import Findings, Progress, search
 from planner.space import Space
 from planner.trial import Trial, fewest_gpus
@@ -49,9 +50,7 @@ class Question:
 
     def __post_init__(self) -> None:
         Workload.of(self.trace)
-        for spec in self.specs.values():
-            if spec.kind == "dynamic":
-                raise UserError(f"adapter {spec.name!r}: kind {spec.kind!r} is not supported yet")
+        _ = self.specs  # raises UserError where one of the trace is not given
 
     @property
     def specs(self) -> dict[str, AdapterSpec]:
@@ -66,47 +65,65 @@ def recommend(
     timeout_s: float | None = None,
     progress: Progress | None = None,
     simulate: Simulate = run_simulation,
+    journal: Journal | None = None,
+    cluster: str | None = None,
 ) -> Plan:
     """Search the question's space and answer.
 
     workers: processes (None: all cores); the answer does not depend on it. timeout_s: after so long, the best so
-    far. Raises RuntimeError where there is none yet.
+    far. journal: where answers are kept, and those of an earlier try are. cluster: the address of a Dask cluster that
+    runs the trials instead. After Ctrl-C: the best so far, `interrupted`. Raises RuntimeError where there is none yet.
     """
     prober = Prober(
         workload=Workload.of(question.trace),
         slo=question.slo,
         adapters=question.specs,
-        price=partial(costs_for, question.profile),
+        price=Pricing(question.profile),
         simulate=simulate,
         seed=question.seed,
     )
-    with Workers(Runner(prober), workers or cores(), timeout_s) as jobs:
-        findings = search(question.space, prober, jobs, show=question.show, progress=progress)
-        if not findings.trials and jobs.timed_out:
-            raise RuntimeError("time was up before any configuration was tried; give a longer --timeout-s")
-    return _plan(question, prober, findings, progress)
+    with _runner(prober, workers, timeout_s, cluster) as runner:
+        jobs: Jobs = runner if journal is None else journal.over(runner)
+        findings = search(
+            question.space,
+            prober,
+            jobs,
+            show=question.show,
+            progress=progress,
+            front=question.objective == "pareto",
+        )
+    if not findings.trials and findings.interrupted:
+        raise KeyboardInterrupt
+    if not findings.trials and findings.timed_out:
+        raise RuntimeError("time was up before any configuration was tried; give a longer --timeout-s")
+    return _plan(question, prober, findings)
 
 
-def _plan(question: Question, prober: Prober, findings: Findings, progress: Progress | None) -> Plan:
+def _runner(
+    prober: Prober, workers: int | None, timeout_s: float | None, cluster: str | None
+) -> Workers[Job, Answer] | ClusterWorkers[Job, Answer]:
+    if cluster is not None:
+        return ClusterWorkers(Runner(prober), cluster, timeout_s)
+    return Workers(Runner(prober), workers or cores(), timeout_s)
+
+
+def _plan(question: Question, prober: Prober, findings: Findings) -> Plan:
     """Choose among the findings."""
     rate_rps, picked = findings.rate_rps, pick(question, findings)
     best, fewest, nearest = picked.best, picked.fewest, picked.nearest
     maker = Maker(question, prober, rate_rps)
     error = maker.step_error(question.space.base)
-    retraining = []
-    if best is not None and not findings.timed_out:
-        if progress is not None:
-            progress("other adapters", 0, 1)
-        retraining = retrainings(prober, best, findings.trials)
+    chosen = maker.choice(best)
+    others = tuple(choice for trial in picked.others if (choice := maker.choice(trial)) is not None)
     return Plan(
         objective=question.objective,
         gpus=question.space.gpus,
         rate_rps=rate_rps,
         requests=len(question.trace),
-        recommended=maker.choice(best),
+        recommended=chosen,
         fewest_gpus=maker.choice(fewest if best is not None else None),
         nearest=maker.choice(nearest),
-        alternatives=tuple(choice for trial in picked.others if (choice := maker.choice(trial)) is not None),
+        alternatives=others,
         slo=question.slo,
         assumptions=tuple(said.assumptions(question.trace, question.adapters, question.profile, error)),
         warnings=tuple(
@@ -115,24 +132,28 @@ def _plan(question: Question, prober: Prober, findings: Findings, progress: Prog
                 question.space.base,
                 question.profile,
                 picked.shown,
-                timed_out=findings.timed_out,
+                timed_out=findings.timed_out or findings.interrupted,
                 priced=question.space.base.gpu.lower() in question.prices,
             )
         ),
-        retraining=tuple(retraining),
+        retraining=tuple(findings.retraining),
         trials=tuple(findings.trials.values()),
         impossible=tuple(findings.impossible),
+        interrupted=findings.interrupted,
+        runner_up=None if chosen is None else runner_up(chosen, others),
+        front=tuple(choice for trial in picked.front if (choice := maker.choice(trial)) is not None),
     )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Picked:
-    """The trials that a plan shows: the best and the one of fewest GPUs, or the nearest miss; and some of the others."""
+    """The trials that a plan shows: the best and the one of fewest GPUs, or the nearest miss; some of the others; and the Pareto front."""
 
     best: Trial | None
     fewest: Trial | None
     nearest: Trial | None
     others: list[Trial]
+    front: list[Trial]
 
     @property
     def shown(self) -> list[Trial]:
@@ -149,11 +170,60 @@ def pick(question: Question, findings: Findings) -> Picked:
         able = fewest_gpus(able)
     best = next(iter(able), None)
     nearest = ranked[0] if best is None and ranked else None
-    by_config = {trial.config: trial for trial in (*able, *ranked) if trial.at_rate is not None}
+    by_config = {
+        trial.config: trial for trial in (*able, *ranked, *findings.compared) if trial.at_rate is not None
+    }
     for main in (best, nearest, fewest):
         if main is not None:
             by_config.pop(main.config, None)
-    return Picked(best=best, fewest=fewest, nearest=nearest, others=list(by_config.values())[: question.show])
+    front = pareto_front(list(findings.trials.values())) if question.objective == "pareto" else []
+    return Picked(
+        best=best,
+        fewest=fewest,
+        nearest=nearest,
+        others=list(by_config.values())[: question.show],
+        front=front,
+    )
+
+
+def pareto_front(trials: list[Trial]) -> list[Trial]:
+    """Return the trials with all traffic that no other beats in GPUs and in sustainable rate, by GPUs."""
+    known = [trial for trial in trials if trial.piece == "trace" and trial.sustainable_rps > 0]
+    front: list[Trial] = []
+    for trial in sorted(known, key=lambda trial: (trial.config.gpus, -trial.sustainable_rps)):
+        if not front or trial.sustainable_rps > front[-1].sustainable_rps:
+            front.append(trial)
+    return front
+
+
+def runner_up(best: Choice, others: Sequence[Choice]) -> RunnerUp | None:
+    """Return the best of the others, and what it would take to prefer it to the recommendation."""
+    second = next(iter(others), None)
+    if second is None:
+        return None
+    ours, theirs = best.predicted["sustainable_rps"], second.predicted["sustainable_rps"]
+    takes = []
+    if theirs.value < ours.value and theirs.value > 0:
+        takes.append(
+            f"steps {ours.value / theirs.value - 1:.1%} faster than predicted, or those of the recommendation slower"
+        )
+    if theirs.high >= ours.low and best.judged_on == second.judged_on:
+        takes.append("a measurement: the intervals of the two rates overlap")
+    if second.judged_on != best.judged_on:
+        takes.append(f"a look at the whole trace: its rate is of the {second.judged_on} alone")
+    if second.config.gpus < best.config.gpus:
+        takes.append(f"fewer GPUs: it takes {second.config.gpus}, not {best.config.gpus}")
+    for name, label in (("ttft_p95_s", "TTFT"), ("tpot_p95_s", "TPOT")):
+        mine, its = best.predicted[name].value, second.predicted[name].value
+        if its < 0.95 * mine:
+            takes.append(f"a tighter bound on {label}: its p95 is {its * 1e3:.3g} ms, not {mine * 1e3:.3g}")
+    return RunnerUp(config=second.config, sustainable_rps=second.sustainable_rps, would_take=tuple(takes))
+
+
+def _missing(by_adapter: Mapping[str, float], wanted: float) -> dict[str, float]:
+    """Return who misses the attainment, the worst first."""
+    missing = [(share, name) for name, share in by_adapter.items() if share < wanted]
+    return {name: share for share, name in sorted(missing)}
 
 
 class Maker:
@@ -188,7 +258,25 @@ class Maker:
             cost_usd_per_hour=None if price is None else price * trial.config.gpus,
             meets_slo=probe.meets,
             misses=None if probe.meets else probe.binding,
+            resources=tuple(self.resources(trial)),
+            adapters_missing=_missing(probe.by_adapter, self._question.slo.attainment),
+            cost_usd_per_million_tokens=self._per_million(trial, price),
         )
+
+    def resources(self, trial: Trial) -> list[Resource]:
+        """Return what is used at the highest sustainable rate."""
+        if trial.at_best is None:
+            return []
+        workload = self._prober.workload
+        trace = workload.piece(trial.piece)
+        return resources(trace, trial.config, self._prober.adapters, trial.at_best, trial.sustainable_rps)
+
+    def _per_million(self, trial: Trial, price: float | None) -> float | None:
+        columns = self._question.trace.columns
+        tokens = float((columns.prompt_tokens + columns.output_tokens).mean())
+        if price is None or not trial.sustainable_rps:
+            return None
+        return price * trial.config.gpus / 3600 / (trial.sustainable_rps * tokens) * 1e6
 
     def _predicted(self, trial: Trial) -> dict[str, Prediction]:
         probe = trial.at_rate
@@ -211,7 +299,7 @@ class Maker:
         )
         return {
             "total": memory.total_bytes,
-            "weights": memory.weights_bytes,
+            "weights": memory.weights_bytes + memory.merge_bytes + memory.expert_bytes,
             "activations": memory.activations_bytes,
             "runtime": memory.runtime_bytes,
             "adapters": adapters,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from shutil import get_terminal_size
@@ -13,9 +13,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from engine.config import ServingConfig
 from planner.intervals import Prediction
 from planner.plan import Choice, Plan
-from planner.workload import WINDOW_REQUESTS
+from planner.space import POLICIES, ROUTING
+from planner.workload import STRETCH_REQUESTS, WINDOW_REQUESTS
 from traces.metrics import Slo
 
 WIDTH = (100, 120)  # of the text: a terminal's own within this
@@ -42,7 +44,17 @@ def print_plan(plan: Plan, commands: Commands | None) -> None:
     for choice, name in _named(plan):
         console.print(Text(textwrap.fill(_sentence(choice, name), width, subsequent_indent="  ")))
     if any(choice.predicted_on != "trace" for choice in plan.alternatives):
-        console.print(f"* latencies of the busiest {WINDOW_REQUESTS:,} requests")
+        console.print(
+            f"* latencies of the busiest {WINDOW_REQUESTS:,} requests; rates of these or of the busiest {STRETCH_REQUESTS:,}"
+        )
+    for line in [] if plan.recommended is None else choice_lines(plan.recommended):
+        console.print(Text(textwrap.fill(line, width, subsequent_indent="  ")))
+    if plan.runner_up is not None:
+        up = plan.runner_up
+        takes = "; ".join(up.would_take) or "nothing that was simulated"
+        said = f"Runner-up: {_shape(up.config)}, {up.sustainable_rps:.1f} req/s. It would take: {takes}."
+        console.print(Text(textwrap.fill(said, width, subsequent_indent="  ")))
+    _notes(console, "No other has fewer GPUs and a higher rate (Pareto)", _front(plan))
     _notes(console, "If the adapters were retrained (one replica, the busiest requests)", _retrained(plan))
     _notes(console, "Warnings", plan.warnings)
     _notes(console, "Assumptions", plan.assumptions)
@@ -51,6 +63,74 @@ def print_plan(plan: Plan, commands: Commands | None) -> None:
         console.print("Run it:")
         for command in (commands.simulate, commands.replay):
             console.print(Text(f"  {command}"), soft_wrap=True)
+
+
+def choice_lines(choice: Choice) -> list[str]:
+    """Return what breaks first, the headroom of the rest, and whose SLO is missed, as lines of text."""
+    config = choice.config
+    lines = [
+        f"{_shape(config)} sustains {choice.sustainable_rps:.2f} req/s; what bounds it: {choice.bottleneck}"
+    ]
+    first = choice.breaks_first
+    if first is not None:
+        rest = ", ".join(
+            f"{item.name} {item.used:.0%}"
+            for item in choice.resources
+            if item is not first and isfinite(item.used)
+        )
+        lines.append(
+            f"breaks first: {first.name}, {first.used:.0%} used at that rate ({first.how}); then {rest}"
+        )
+    if choice.cost_usd_per_million_tokens is not None:
+        lines.append(f"${choice.cost_usd_per_million_tokens:.3f} a million tokens at that rate")
+    if choice.adapters_missing:
+        worst = [f"{name} {share:.1%}" for name, share in list(choice.adapters_missing.items())[:5]]
+        count = len(choice.adapters_missing)
+        lines.append(
+            f"{count} adapters miss the attainment at the trace's rate; the worst: {', '.join(worst)}"
+        )
+    return lines
+
+
+def print_kinds(plans: Mapping[str, Plan]) -> None:
+    """Print plans for several kinds of GPU: a line each, then the plans."""
+    print("kind        GPUs  sustains   $/hour  $/M tokens")
+    for kind, plan in plans.items():
+        best = plan.recommended
+        if best is None:
+            print(f"{kind:<11} no feasible configuration")
+            continue
+        cost = "–" if best.cost_usd_per_hour is None else f"{best.cost_usd_per_hour:g}"
+        tokens = best.cost_usd_per_million_tokens
+        print(
+            f"{kind:<11}{best.config.gpus:>5}{best.sustainable_rps:>8.1f}/s{cost:>9}"
+            f"{'–' if tokens is None else f'{tokens:.3f}':>12}"
+        )
+    for kind, plan in plans.items():
+        print(f"\n=== {kind}")
+        print_plan(plan, None)
+
+
+def _shape(config: ServingConfig) -> str:
+    """Return a configuration in a few words: its shape, and the policies that are not the plainest."""
+    odd = [
+        f"{name.replace('_', ' ')} {getattr(config, name)}"
+        for name, values in (*POLICIES.items(), *ROUTING.items())
+        if getattr(config, name) != values[0]
+    ]
+    words = [f"TP {config.tp} × {config.replicas}", f"{config.max_num_seqs} seqs"]
+    words += [f"{config.max_num_batched_tokens} tokens a step", *odd]
+    if config.tp > 1:
+        words.append(config.lora_sharding)
+    return ", ".join(words)
+
+
+def _front(plan: Plan) -> list[str]:
+    return [
+        f"{choice.config.gpus} GPUs: {_shape(choice.config)}, {choice.sustainable_rps:.1f} req/s, "
+        f"TTFT p95 {_ms(choice.predicted['ttft_p95_s'].value)}"
+        for choice in plan.front
+    ]
 
 
 def _retrained(plan: Plan) -> list[str]:

@@ -7,21 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from engine.adapter import MAX_RANK, AdapterSpec
 from engine.blueprint import blueprint
 from engine.config import ServingConfig
 from engine.errors import UserError
 from planner.bounds import bounds
-from planner.jobs import RateJob
-from planner.probe import Prober
-from planner.trial import Trial
+from planner.probe import Probe, Prober
+from planner.rate import highest_scale
 from planner.workload import Workload
 from traces import Trace
 
-TOLERANCE = 0.01
+TOLERANCE = 0.02
 MOST_TP = 8  # blocks are made for as many GPUs as most hosts have, and run on fewer too
+
+Change = Literal["half the rank", "block-diagonal, 8 blocks"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,21 +48,6 @@ class Retraining:
         }
 
 
-def retrainings(prober: Prober, best: Trial, trials: Mapping[ServingConfig, Trial]) -> list[Retraining]:
-    """Price retraining for the recommended setting, and as block-diagonal for the best setting with tensor parallelism.
-
-    Nothing where there are no adapters, or none that could be retrained so.
-    """
-    if not prober.adapters:
-        return []
-    found = [_priced(prober, best, "half the rank", halved)]
-    parallel = best if best.config.tp > 1 else _best_parallel(trials)
-    if parallel is not None:
-        change = f"block-diagonal, {MOST_TP} blocks"
-        found.append(_priced(prober, parallel, change, block_diagonal))
-    return [item for item in found if item is not None]
-
-
 def halved(spec: AdapterSpec) -> AdapterSpec:
     """Return an adapter of half the rank."""
     overrides = tuple((module, max(spec.nblocks, rank // 2)) for module, rank in spec.rank_overrides)
@@ -85,17 +71,19 @@ def block_diagonal(spec: AdapterSpec) -> AdapterSpec:
     )
 
 
-def _best_parallel(trials: Mapping[ServingConfig, Trial]) -> Trial | None:
-    """Return the tensor-parallel trial with the highest rate a GPU."""
-    able = [trial for trial in trials.values() if trial.config.tp > 1 and trial.sustainable_rps > 0]
-    return max(able, key=lambda trial: trial.sustainable_rps / trial.config.gpus, default=None)
+CHANGES: Mapping[Change, Callable[[AdapterSpec], AdapterSpec]] = {
+    "half the rank": halved,
+    "block-diagonal, 8 blocks": block_diagonal,
+}
 
 
-def _priced(
-    prober: Prober, trial: Trial, change: str, retrain: Callable[[AdapterSpec], AdapterSpec]
-) -> Retraining | None:
-    config = trial.config.with_changes(replicas=1)
-    then = {name: retrain(spec) for name, spec in prober.adapters.items()}
+def priced(prober: Prober, config: ServingConfig, change: Change, guess_rps: float) -> Retraining | None:
+    """Find what one replica sustains on the busiest requests, now and with retrained adapters.
+
+    Nothing where that changes no adapter, or where the configuration cannot run them.
+    """
+    config = config.with_changes(replicas=1, adapter_popularity={}, placement="everywhere")
+    then = {name: CHANGES[change](spec) for name, spec in prober.adapters.items()}
     if then == dict(prober.adapters):
         return None
     changed = config
@@ -105,7 +93,6 @@ def _priced(
         blueprint(changed, then)
     except UserError:
         return None
-    guess_rps = trial.sustainable_rps / trial.config.replicas
     now_rps = _rate_rps(prober, config, guess_rps)
     retrained = replace(prober, adapters=then, workload=_with_ranks(prober.workload, then))
     then_rps = _rate_rps(retrained, changed, now_rps or guess_rps)
@@ -119,19 +106,16 @@ def _with_ranks(workload: Workload, adapters: Mapping[str, AdapterSpec]) -> Work
         ranks = tuple(adapters[name].rank for name in trace.columns.adapter_names)
         return Trace.from_columns(replace(trace.columns, adapter_ranks=ranks), trace.name)
 
-    return Workload(
-        screen=ranked(workload.screen), window=ranked(workload.window), trace=ranked(workload.trace)
-    )
+    return replace(workload, window=ranked(workload.window), trace=ranked(workload.trace))
 
 
 def _rate_rps(prober: Prober, config: ServingConfig, guess_rps: float) -> float:
+    own_rps = prober.workload.piece("window").rate_rps
     ceiling_rps = bounds(prober.workload.trace, config, prober.price(config), prober.slo).rate_rps
-    job = RateJob(
-        configs=(config,),
-        piece="window",
-        guess_rps=guess_rps or ceiling_rps / 2,
-        ceiling_rps=(ceiling_rps,),
-        tolerance=TOLERANCE,
-        reach=0.05,
-    )
-    return job.run(prober)[0].sustainable_rps
+
+    def probe(scale: float) -> Probe:
+        return prober(config, "window", scale)
+
+    guess = (guess_rps or ceiling_rps / 2) / own_rps
+    found = highest_scale(probe, guess, ceiling_rps / own_rps, tolerance=TOLERANCE, reach=0.05)
+    return found.scale * own_rps

@@ -1,14 +1,15 @@
 """The search: many settings on a short stretch of the trace, few on a longer one, the best on all of it.
 
 1. Settings that cannot run, or cannot meet the SLO at any rate, are dropped by arithmetic (`planner.bounds`).
-2. *Screen*: one replica of every setting, its highest rate on the busiest 300 requests.
-3. *Window*: the best few of each TP degree, on the busiest 1,500.
-4. *Trace*: the best setting of each TP degree with as many replicas as there are GPUs for, on the whole trace,
-   begun from replicas × the rate of one.
-5. *Fewest GPUs*: shapes in the order of their GPUs, from those that could just do it, on the whole trace at the
+2. One replica of every setting and policy, on ever longer busiest stretches (`planner.narrow`).
+3. *Shapes*: the best of each group of settings with as many replicas as there are GPUs for, on the busiest
+   STRETCH_REQUESTS, begun from replicas × the rate of one; who comes close to the best is asked for a rate a tie higher.
+4. *Routing*: every other router and placement of the best shape is asked the same.
+5. *Trace*: the highest rate of the best, and of the second if it is close, on the whole trace.
+6. *Fewest GPUs*: shapes in the order of their GPUs, from those that could just do it, on the whole trace at the
    rate that is asked for, until one meets the SLO.
-6. What is to be shown is simulated once more at the rate that is asked for; what is far behind the best, only on
-   the busiest 1,500 requests.
+7. What is to be shown is simulated once more at the rate that is asked for; what was not judged on the
+   whole trace, only on the busiest WINDOW_REQUESTS.
 
 Jobs of one stage are independent, and each stage follows from the answers of the last: so the outcome does not
 depend on how many run at once.
@@ -16,278 +17,358 @@ depend on how many run at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from itertools import groupby
 from math import ceil, log2
+from typing import Any
 
+from engine.adapter import AdapterSpec
 from engine.config import ServingConfig
-from planner.bounds import bounds
-from planner.jobs import Answer, Job, Jobs, ProbeJob, RateJob
-from planner.probe import Probe, Prober
-from planner.space import Infeasible, Space, settings
-from planner.trial import Trial, fewest_gpus, most_rate
+from planner.jobs import Challenge, Job, Jobs, ProbeJob, RateJob, RetrainJob
+from planner.ledger import Findings, Ledger, Progress
+from planner.narrow import Group, Narrowing, group_of
+from planner.probe import Prober
+from planner.retraining import Change, Retraining
+from planner.space import Infeasible, Space, choices, settings
+from planner.trial import TIE, Trial, fewest_gpus, most_rate, order
+from planner.variants import Variants
 from planner.workload import Piece
 
-Progress = Callable[[str, int, int], None]  # stage, jobs done, jobs of the stage
-Shape = tuple[Trial, int]  # of one replica, and how many
+__all__ = ["Findings", "Progress", "Search", "search"]
 
-SCREEN_TOLERANCE = 0.10
-WINDOW_TOLERANCE = 0.03
+Shape = tuple[Trial, int]  # of one replica, and how many
+Settings = Callable[[Space, Mapping[str, AdapterSpec]], tuple[list[ServingConfig], list[Infeasible]]]
+
+STRETCH_TOLERANCE = 0.01
 TRACE_TOLERANCE = 0.01
+CLOSE = 0.06  # to the best on the stretch: judged on the whole trace too
 COARSE_TOLERANCE = 0.05  # of a shape that is far behind
-FAR_BEHIND = 0.85  # of the best estimate
-KEPT_SETTINGS = 2  # a TP degree, after the screen
-SCREEN_GUESS = 0.6  # of the ceiling
+FAR_BEHIND = (
+    0.7  # of the best estimate; several replicas share bursts and sustain more than the estimate says
+)
+FINALISTS = 4  # settings of a group, on the stretch; shapes, on the whole trace
 TRACE_GUESS = (0.83, 0.06)  # of the estimate with one replica, and more with each doubling: they share bursts
 LIKELY = 1.3  # shapes that an estimate gives so much of the rate asked for will do it
+MOST_ROUNDS = 4
 DOUBT = 0.75  # shapes that an estimate gives so much of the rate asked for may do it
 
 
-@dataclass(slots=True, kw_only=True)
-class Findings:
-    """What a search found. trials: the best that is known of each configuration tried.
-
-    fewest: the shape with the fewest GPUs that meets the SLO at the rate that is asked for. impossible: settings
-    that cannot run, or cannot meet the SLO at any rate.
-    """
-
-    rate_rps: float
-    trials: dict[ServingConfig, Trial] = field(default_factory=dict)
-    impossible: list[Infeasible] = field(default_factory=list)
-    fewest: ServingConfig | None = None
-    timed_out: bool = False
-
-    @property
-    def ranked(self) -> list[Trial]:
-        """Trials with the best sustainable rate first: those on the whole trace, else (time was up) all."""
-        trials = list(self.trials.values())
-        return most_rate([trial for trial in trials if trial.piece == "trace"] or trials)
-
-
 def search(
-    space: Space, prober: Prober, jobs: Jobs, *, show: int = 5, progress: Progress | None = None
+    space: Space,
+    prober: Prober,
+    jobs: Jobs,
+    *,
+    show: int = 5,
+    progress: Progress | None = None,
+    settings: Settings = settings,
+    front: bool = False,
 ) -> Findings:
     """Search a space.
 
-    show: how many of the best are simulated at the rate that is asked for. What cannot run is a finding too.
+    show: how many of the best are simulated at the rate that is asked for. settings: what makes the settings of the
+    space; another engine has its own. front: find the best shape of every number of GPUs too. What cannot run is a
+    finding too. After Ctrl-C: the findings so far, `interrupted`.
     """
-    search = Search(space, prober, jobs, progress or (lambda stage, done, total: None))
-    search.narrow()
-    search.whole_trace()
-    search.fewest_gpus()
-    search.at_rate(show)
-    search.findings.timed_out = jobs.timed_out
-    return search.findings
+    found = Search(space, prober, jobs, progress or (lambda stage, done, total: None), settings)
+    try:
+        found.run(show, front)
+    except KeyboardInterrupt:
+        found.findings.interrupted = True
+    found.findings.timed_out = jobs.timed_out
+    return found.findings
 
 
 class Search:
     """The state of one search; its methods are the stages, in order."""
 
-    def __init__(self, space: Space, prober: Prober, jobs: Jobs, progress: Progress) -> None:
+    def __init__(
+        self, space: Space, prober: Prober, jobs: Jobs, progress: Progress, settings: Settings = settings
+    ) -> None:
         self._space = space
         self._prober = prober
-        self._jobs = jobs
-        self._progress = progress
-        self._ceiling_rps: dict[ServingConfig, float] = {}  # of one replica, by setting
-        self._settings: dict[int, list[Trial]] = {}  # by TP degree, best first
-        self.findings = Findings(rate_rps=prober.workload.rate_rps)
+        self._make_settings = settings
+        self._ledger = Ledger(prober, jobs, progress)
+        self._variants = Variants.of(prober.workload.trace, prober.slo)
+        self._groups: dict[Group, list[Trial]] = {}  # best first, one replica on the window
+        self._routing: dict[str, Any] = {}  # what the best shape gained by
+
+    @property
+    def findings(self) -> Findings:
+        """What was found so far."""
+        return self._ledger.findings
+
+    def run(self, show: int, front: bool = False) -> None:
+        """Go through all stages."""
+        self.narrow()
+        self.shapes()
+        self.routing()
+        self.whole_trace()
+        self.fewest_gpus()
+        if front:
+            self.front()
+        self.at_rate(show)
 
     # ---- stages ----
 
     def narrow(self) -> None:
-        """Find each TP degree's best settings, with one replica."""
-        possible, impossible = settings(self._space, self._prober.adapters)
+        """Find the best settings and policies of one replica."""
+        adapters = self._prober.adapters
+        possible, impossible = self._make_settings(self._space, adapters)
         self.findings.impossible += impossible
-        possible = [config for config in possible if self._within_bounds(config)]
-        screened = self._rates("screening settings", self._screen_jobs(possible))
-        kept = [trial for best in _by_tp(screened).values() for trial in best[:KEPT_SETTINGS]]
-        work = [self._window_job(trial) for trial in kept if trial.sustainable_rps > 0]
-        windowed = self._rates("the best settings", work)
-        known = {trial.config: trial for trial in (*screened, *windowed)}
-        self._settings = _by_tp([known[trial.config] for trial in kept])
+        policies = choices(self._space.policies, adapters)
+        plain = {name: values[0] for name, values in policies.items()}
+        possible = [self._variants.vary(config, **plain) for config in possible]
+        narrowing = Narrowing(self._ledger, self._variants, policies)
+        self._groups = narrowing.best(self._ledger.able(possible), self._space.most_replicas)
+
+    def shapes(self) -> None:
+        """Compare the groups with all GPUs, and the settings of the best one, on a long stretch; try the first shapes for the fewest."""
+        shapes = [
+            (ranked[0], self._space.most_replicas(ranked[0].config.tp)) for ranked in self._groups.values()
+        ]
+        shapes.sort(key=_estimate_rps, reverse=True)
+        if not shapes:
+            return
+        most_rps = _estimate_rps(shapes[0])
+        near = [shape for shape in shapes if _estimate_rps(shape) > FAR_BEHIND * most_rps]
+        work: list[Job] = [
+            self._shape_job(shape, "stretch", COARSE_TOLERANCE if number else STRETCH_TOLERANCE)
+            for number, shape in enumerate(near)
+        ]
+        far = [self._config(shape) for shape in shapes[len(near) :]]
+        work += [
+            self._ledger.rate_job(config, "window", _estimate_rps(shape), COARSE_TOLERANCE, 0.05)
+            for config, shape in zip(far, shapes[len(near) :], strict=True)
+            if not self._known_on("window", config)
+        ]
+        first = dict.fromkeys(self._config(shape) for shape in next(self._by_gpus(), []))
+        self._ledger.run("shapes", [*work, *(ProbeJob(config=config) for config in first)])
+        rivals = [
+            self._config((trial, replicas))
+            for first_, replicas in near
+            for trial in self._groups[group_of(first_.config)][:FINALISTS]
+        ]
+        self._challenge("shapes", rivals)
+
+    def routing(self) -> None:
+        """Try the other routers and placements in front of the best shape."""
+        best = self._leader()
+        if best is None or best.config.replicas == 1:
+            return
+        values = choices(self._space.routing, self._prober.adapters)
+        plain = best.config
+        rivals = self._varied(plain, self._variants.others(plain, values))
+        won = self._challenge("routing", rivals)
+        if won is None:
+            return
+        pairs = self._varied(won.config, self._variants.others(won.config, values))
+        won = (
+            self._challenge("routing", [pair for pair in pairs if pair not in rivals and pair != plain])
+            or won
+        )
+        self._routing = {name: getattr(won.config, name) for name in values}
 
     def whole_trace(self) -> None:
-        """Find the highest rate of each TP degree with all GPUs, and try the first shapes for the fewest."""
-        best = [ranked[0] for ranked in self._settings.values() if ranked[0].sustainable_rps > 0]
-        shapes = [(trial, self._space.most_replicas(trial.config.tp)) for trial in best]
-        shapes.sort(key=_estimate_rps, reverse=True)
-        most_rps = _estimate_rps(shapes[0]) if shapes else 0.0
-        work: list[Job] = [
-            self._shape_job(
-                shape, TRACE_TOLERANCE if _estimate_rps(shape) > FAR_BEHIND * most_rps else COARSE_TOLERANCE
-            )
-            for shape in shapes
-        ]
-        first = next(iter(self._groups()), [])
-        work += [
-            self._shape_job(shape, COARSE_TOLERANCE)
-            for shape in first
-            if shape not in shapes and _estimate_rps(shape) > LIKELY * self.findings.rate_rps
-        ]
-        shown = dict.fromkeys(_config(shape) for shape in (*first, *shapes[:1]))
-        self._run("the whole trace", [*work, *(ProbeJob(config=config) for config in shown)])
+        """Find the highest rate of the best on all of the trace, and ask those that are as good for more."""
+        ranked = [trial for trial in self._ranked_on("stretch") if trial.sustainable_rps > 0]
+        if not ranked:
+            return
+        best = ranked[0]
+        job = self._ledger.rate_job(best.config, "trace", best.sustainable_rps, TRACE_TOLERANCE, 0.04)
+        self._ledger.rates("the whole trace", [job])
+        least_rps = best.sustainable_rps * (1 - CLOSE)
+        rivals = [trial.config for trial in ranked[1:FINALISTS] if trial.sustainable_rps >= least_rps]
+        self._challenge("the whole trace", rivals, "trace")
 
     def fewest_gpus(self) -> None:
         """Find the fewest GPUs that meet the SLO at the rate that is asked for."""
-        for group in self._groups():
-            probes = self._probes("fewest GPUs", [_config(shape) for shape in group])
+        for group in self._by_gpus():
+            configs = [self._config(shape) for shape in group]
+            if self._routing:
+                several = [config for config in configs if config.replicas > 1]
+                configs += [found for config in several for found in self._varied(config, [self._routing])]
+            probes = self._ledger.probes("fewest GPUs", configs)
             passing = [
-                shape for shape, probe in zip(group, probes, strict=True) if probe is not None and probe.meets
+                config
+                for config, probe in zip(configs, probes, strict=True)
+                if probe is not None and probe.meets
             ]
             if passing:
-                unknown = [shape for shape in passing if not self._judged(_config(shape))]
-                self._rates(
-                    "its highest rate", [self._shape_job(shape, COARSE_TOLERANCE) for shape in unknown]
-                )
-                trials = [self.findings.trials[_config(shape)] for shape in passing]
-                self.findings.fewest = fewest_gpus(trials)[0].config
+                self._rate_of_fewest(passing)
                 return
-            if self._jobs.timed_out:
+            if self._ledger.timed_out:
                 return
 
+    def _rate_of_fewest(self, passing: list[ServingConfig]) -> None:
+        """Find what they sustain, where that is not known, and choose."""
+        unknown = [config for config in passing if self._ledger.judged(config) is None]
+        work = []
+        for config in unknown:
+            one = self._single(config)
+            guess_rps = config.replicas * one.sustainable_rps if one is not None else self.findings.rate_rps
+            work.append(self._ledger.rate_job(config, "trace", guess_rps, COARSE_TOLERANCE, 0.05))
+        self._ledger.rates("its highest rate", work)
+        trials = [self.findings.trials[config] for config in passing]
+        self.findings.fewest = fewest_gpus(trials)[0].config
+
+    def front(self) -> None:
+        """Judge the shape with the best estimate of every number of GPUs, on the whole trace and at the rate that is asked for."""
+        best: dict[int, Shape] = {}
+        for ranked in self._groups.values():
+            trial = ranked[0]
+            for replicas in range(1, self._space.most_replicas(trial.config.tp) + 1):
+                shape = (trial, replicas)
+                known = best.get(_gpus(shape))
+                if known is None or _estimate_rps(shape) > _estimate_rps(known):
+                    best[_gpus(shape)] = shape
+        shapes = [best[gpus] for gpus in sorted(best)]
+        work: list[Job] = [
+            self._shape_job(shape, "trace", COARSE_TOLERANCE)
+            for shape in shapes
+            if self._ledger.judged(self._config(shape)) is None
+        ]
+        probes = [
+            ProbeJob(config=self._config(shape))
+            for shape in shapes
+            if self._ledger.at_rate(self._config(shape)) is None
+        ]
+        self._ledger.run("the front", [*work, *probes])
+
     def at_rate(self, show: int) -> None:
-        """Simulate what is to be shown at the rate that is asked for: the best on the whole trace."""
-        ranked = self.findings.ranked[: show + 1]
-        work = [self._show_job(trial) for trial in ranked if trial.at_rate is None]
-        self._run("at the trace's rate", work)
+        """Simulate what is to be shown at the rate that is asked for, and price retraining."""
+        ranked = [*self.findings.ranked, *self._alternatives()][: show + 1]
+        work: list[Job] = [self._show_job(trial) for trial in ranked if trial.at_rate is None]
+        retrain = self._retrain_jobs()
+        answers = self._ledger.run("at the trace's rate", [*work, *retrain])
+        self.findings.retraining += [answer for answer in answers if isinstance(answer, Retraining)]
 
     # ---- jobs ----
 
-    def _screen_jobs(self, configs: list[ServingConfig]) -> list[RateJob]:
-        """One job for the settings that differ in max_num_seqs only: their rates are close."""
+    def _ranked_on(self, piece: Piece) -> list[Trial]:
+        """Return the trials with all GPUs on a piece, best first."""
+        trials = [trial for trial in self.findings.trials.values() if trial.piece == piece]
+        return most_rate([t for t in trials if t.config.replicas == self._space.most_replicas(t.config.tp)])
 
-        def alike(config: ServingConfig) -> tuple[int, int, str]:
-            return config.tp, config.max_num_batched_tokens, config.lora_sharding
+    def _varied(self, config: ServingConfig, changes: Iterable[Mapping[str, Any]]) -> list[ServingConfig]:
+        """Return what a configuration is with each of these changes, where it can be."""
+        found = [self._ledger.varied(self._variants, config, change) for change in changes]
+        return [varied for varied in found if varied is not None]
 
-        jobs = []
-        for _, group in groupby(sorted(configs, key=alike), key=alike):
-            same = tuple(group)
-            guess_rps = SCREEN_GUESS * self._ceiling_rps[same[0]]
-            jobs.append(self._rate_job(same, "screen", guess_rps, SCREEN_TOLERANCE, 0.5))
-        return jobs
+    def _known_on(self, piece: Piece, config: ServingConfig) -> bool:
+        trial = self.findings.trials.get(config)
+        return trial is not None and trial.piece == piece
 
-    def _window_job(self, trial: Trial) -> RateJob:
-        return self._rate_job((trial.config,), "window", trial.sustainable_rps, WINDOW_TOLERANCE, 0.1)
+    def _leader(self, piece: Piece = "stretch") -> Trial | None:
+        best = next(iter(self._ranked_on(piece)), None)
+        return best if best is not None and best.sustainable_rps > 0 else None
 
-    def _shape_job(self, shape: Shape, tolerance: float) -> RateJob:
-        """Begin from the same degree's rate on the whole trace, where it is known."""
-        trial, replicas = shape
-        most = self._space.most_replicas(trial.config.tp)
-        full = self.findings.trials.get(_config((trial, most)))
-        if full is not None and full.piece == "trace" and full.sustainable_rps > 0:
-            guess_rps = full.sustainable_rps / most * replicas
-        else:
-            guess_rps = (TRACE_GUESS[0] + TRACE_GUESS[1] * log2(replicas)) * _estimate_rps(shape)
-        return self._rate_job((_config(shape),), "trace", guess_rps, tolerance, 0.05)
+    def _challenge(self, stage: str, rivals: list[ServingConfig], piece: Piece = "stretch") -> Trial | None:
+        """Ask rivals for more than the best can, as long as one of them does; return the new best, where there is one, with its highest rate."""
+        new = None
+        for _ in range(MOST_ROUNDS):
+            best = self._leader(piece)
+            if best is None or not rivals or self._ledger.timed_out:
+                return new
+            asked_rps = max(best.sustainable_rps * (1 + TIE), best.above_rps)
+            work = [
+                Challenge(config=config, piece=piece, rate_rps=asked_rps)
+                for config in dict.fromkeys(rivals)
+                if config != best.config and self._is_open(config, piece, asked_rps)
+            ]
+            answers = self._ledger.run(stage, work)
+            won = [a[0] for a in answers if isinstance(a, list) and a[0].at_best is not None]
+            if not won:
+                return new
+            first = min(won, key=lambda trial: (-_attained(trial), order(trial.config)))
+            guess_rps = asked_rps * (1 + 2 * TIE)
+            tolerance = STRETCH_TOLERANCE if piece == "stretch" else TRACE_TOLERANCE
+            self._ledger.rates(
+                stage, [self._ledger.rate_job(first.config, piece, guess_rps, tolerance, 0.04)]
+            )
+            new = self.findings.trials[first.config]
+            rivals = [trial.config for trial in won if trial.config != first.config]
+        return new
+
+    def _is_open(self, config: ServingConfig, piece: Piece, rate_rps: float) -> bool:
+        """Whether a configuration may sustain a rate, as far as is known."""
+        known = self.findings.trials.get(config)
+        return known is None or known.piece != piece or known.most_rps > rate_rps
+
+    def _shape_job(self, shape: Shape, piece: Piece, tolerance: float) -> RateJob:
+        guess_rps = (TRACE_GUESS[0] + TRACE_GUESS[1] * log2(shape[1])) * _estimate_rps(shape)
+        return self._ledger.rate_job(self._config(shape), piece, guess_rps, tolerance, 0.05)
 
     def _show_job(self, trial: Trial) -> ProbeJob:
-        near = trial.sustainable_rps > FAR_BEHIND * self.findings.ranked[0].sustainable_rps
-        return ProbeJob(config=trial.config, piece="trace" if near else "window")
+        return ProbeJob(config=trial.config, piece="trace" if trial.piece == "trace" else "window")
 
-    def _rate_job(
-        self,
-        configs: tuple[ServingConfig, ...],
-        piece: Piece,
-        guess_rps: float,
-        tolerance: float,
-        reach: float,
-    ) -> RateJob:
-        return RateJob(
-            configs=configs,
-            piece=piece,
-            guess_rps=guess_rps,
-            ceiling_rps=tuple(
-                self._ceiling_rps[replace(config, replicas=1)] * config.replicas for config in configs
-            ),
-            tolerance=tolerance,
-            reach=reach,
-        )
-
-    def _within_bounds(self, config: ServingConfig) -> bool:
-        prober = self._prober
-        limit = bounds(prober.workload.trace, config, prober.price(config), prober.slo)
-        reason = limit.reason(prober.slo)
-        if reason is not None:
-            self.findings.impossible.append(
-                Infeasible(
-                    config.tp,
-                    config.max_num_seqs,
-                    config.max_num_batched_tokens,
-                    reason,
-                    config.lora_sharding,
-                )
+    def _retrain_jobs(self) -> list[RetrainJob]:
+        """Half the rank for the best shape's setting, block-diagonal for the best with tensor parallelism a GPU."""
+        best = next(iter(self.findings.ranked), None)
+        if not self._prober.adapters or best is None or not best.sustainable_rps:
+            return []
+        wanted: list[tuple[Trial, Change]] = [(best, "half the rank")]
+        parallel = [ranked[0] for ranked in self._groups.values() if ranked[0].config.tp > 1]
+        if best.config.tp > 1:
+            wanted.append((best, "block-diagonal, 8 blocks"))
+        elif parallel:
+            most = max(parallel, key=lambda trial: trial.sustainable_rps / trial.config.gpus)
+            wanted.append((most, "block-diagonal, 8 blocks"))
+        return [
+            RetrainJob(
+                config=replace(trial.config, replicas=1),
+                change=change,
+                guess_rps=trial.sustainable_rps / trial.config.replicas,
             )
-        self._ceiling_rps[config] = limit.rate_rps
-        return reason is None
+            for trial, change in wanted
+        ]
 
-    def _groups(self) -> list[list[Shape]]:
-        """Return shapes that could meet the SLO at the rate asked for, by equal GPUs, the fewest first."""
+    # ---- shapes ----
+
+    def _config(self, shape: Shape) -> ServingConfig:
+        start = {
+            name: values[0] for name, values in choices(self._space.routing, self._prober.adapters).items()
+        }
+        return self._variants.vary(replace(shape[0].config, replicas=shape[1]), **start)
+
+    def _single(self, config: ServingConfig) -> Trial | None:
+        """Return the trial with one replica of a shape's setting."""
+        for ranked in self._groups.values():
+            for trial in ranked:
+                if self._config((trial, config.replicas)) == config:
+                    return trial
+        return None
+
+    def _by_gpus(self) -> Iterator[list[Shape]]:
+        """Yield shapes that could meet the SLO at the rate asked for, by equal GPUs, the fewest first."""
         shapes: list[Shape] = []
-        for tp, ranked in self._settings.items():
-            trial, most = ranked[0], self._space.most_replicas(tp)
-            if trial.sustainable_rps > 0:
-                least = max(1, ceil(DOUBT * self.findings.rate_rps / trial.sustainable_rps))
-                shapes += [(trial, replicas) for replicas in range(least, most + 1)]
+        for ranked in self._groups.values():
+            trial, most = ranked[0], self._space.most_replicas(ranked[0].config.tp)
+            least = max(1, ceil(DOUBT * self.findings.rate_rps / trial.sustainable_rps))
+            shapes += [(trial, replicas) for replicas in range(least, most + 1)]
         shapes.sort(key=_gpus)
-        return [list(group) for _, group in groupby(shapes, key=_gpus)]
+        for _, group in groupby(shapes, key=_gpus):
+            yield list(group)
 
-    def _judged(self, config: ServingConfig) -> bool:
-        trial = self.findings.trials.get(config)
-        return trial is not None and trial.piece == "trace"
+    def _alternatives(self) -> list[Trial]:
+        """Return who was compared with all GPUs but not judged on the whole trace, best first."""
+        found: dict[ServingConfig, Trial] = {}
+        pieces: tuple[Piece, ...] = ("stretch", "window")
+        for piece in pieces:
+            for trial in self._ranked_on(piece):
+                if trial.sustainable_rps > 0 and (
+                    piece == "stretch" or trial.config.replicas > 1 or self._is_best(trial)
+                ):
+                    found.setdefault(trial.config, trial)
+        return list(found.values())
 
-    # ---- running them ----
-
-    def _rates(self, stage: str, work: Sequence[RateJob]) -> list[Trial]:
-        """Run rate jobs; those that time did not allow are missing."""
-        answers = self._run(stage, work)
-        return [trial for answer in answers if isinstance(answer, list) for trial in answer]
-
-    def _probes(self, stage: str, configs: list[ServingConfig]) -> list[Probe | None]:
-        """Return the simulations of the trace at the rate that is asked for, running those not there yet."""
-        self._run(stage, [ProbeJob(config=config) for config in configs if self._at_rate(config) is None])
-        return [self._at_rate(config) for config in configs]
-
-    def _at_rate(self, config: ServingConfig) -> Probe | None:
-        trial = self.findings.trials.get(config)
-        return trial.at_rate if trial is not None and trial.rate_piece == "trace" else None
-
-    def _run(self, stage: str, work: Sequence[Job]) -> list[Answer | None]:
-        """Run jobs and keep in the findings what they found."""
-        done = 0
-
-        def note() -> None:
-            nonlocal done
-            done += 1
-            self._progress(stage, done, len(work))
-
-        if work:
-            self._progress(stage, 0, len(work))
-        answers = self._jobs.run(work, note)
-        for job, answer in zip(work, answers, strict=True):
-            if isinstance(answer, Probe) and isinstance(job, ProbeJob):
-                self._keep_probe(job, answer)
-            elif isinstance(answer, list):
-                for trial in answer:
-                    known = self.findings.trials.get(trial.config)
-                    self.findings.trials[trial.config] = trial if known is None else known.with_rate(trial)
-        return answers
-
-    def _keep_probe(self, job: ProbeJob, probe: Probe) -> None:
-        known = self.findings.trials.get(job.config)
-        if known is None:
-            known = Trial(config=job.config, piece="screen", sustainable_rps=0.0)
-        self.findings.trials[job.config] = known.with_probe(probe, job.piece)
+    def _is_best(self, trial: Trial) -> bool:
+        """Whether it is the best of its group: the others of one replica were only steps on the way."""
+        return any(ranked[0].config == trial.config for ranked in self._groups.values())
 
 
-def _by_tp(trials: list[Trial]) -> dict[int, list[Trial]]:
-    """Return trials by TP degree, each best first."""
-    degrees = sorted({trial.config.tp for trial in trials})
-    return {tp: most_rate([trial for trial in trials if trial.config.tp == tp]) for tp in degrees}
-
-
-def _config(shape: Shape) -> ServingConfig:
-    return replace(shape[0].config, replicas=shape[1])
+def _attained(trial: Trial) -> float:
+    return 0.0 if trial.at_best is None else trial.at_best.attainment
 
 
 def _estimate_rps(shape: Shape) -> float:

@@ -84,6 +84,8 @@ def vllm_space(
         base=base,
         max_loras=tuple(slots),
         utilizations=tuple(utilizations),
+        policies={},
+        routing={},
         profile=profile,
     )
 

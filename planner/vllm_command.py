@@ -12,8 +12,9 @@ import typer
 
 from engine.adapter import adapters_of_trace, load_adapters
 from engine.errors import UserError
+from planner.options import DEFAULT_GPU, PlanOptions, numbers, shares
 from planner.output import write_folder
-from planner.plan import Objective, Plan
+from planner.plan import Plan
 from planner.prices import load_prices
 from planner.progress import ProgressReport
 from planner.recommend import Question
@@ -25,84 +26,70 @@ from sim.vllm_profile import VllmProfile, find_vllm_profile, load_vllm_profile
 from traces import Trace
 from traces.metrics import Slo
 
-OUR_DEFAULT_GPU = "h200"  # what `plan` takes where no --gpu is given; a vLLM profile knows its own
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VllmRequest:
-    """What `plan --engine vllm` was given."""
+    """What `plan --engine vllm` was given, and its trace."""
 
+    options: PlanOptions
     trace: Trace
-    trace_file: Path
     slo: Slo
-    default_slo: bool
-    gpus: int
-    model: str
-    gpu: str
-    profile: Path | None
-    adapters: Path | None
-    objective: Objective
-    tp: str | None
-    max_num_seqs: str
-    max_loras: str
-    utilizations: str
-    prices: Path | None
-    top: int
-    seed: int
-    timeout_s: float | None
-    workers: int | None
-    output_dir: Path | None
-    overwrite: bool
-    as_json: bool
-    quiet: bool
+
+    @classmethod
+    def of(cls, options: PlanOptions, trace: Trace, slo: Slo) -> VllmRequest:
+        """Build from the options of `plan`."""
+        return cls(options=options, trace=trace, slo=slo)
 
 
 def plan_vllm(request: VllmRequest) -> int:
     """Search, print and write; return the exit code: 0 a plan, 1 none."""
-    profile = _profile(request)
+    options = request.options
+    profile = _profile(options)
     question = _question(request, profile)
-    if request.default_slo and not request.quiet:
+    if options.default_slo and not options.quiet:
         typer.echo(f"no SLO given, so the defaults: {slo_text(request.slo)}", err=True)
-    with ProgressReport(quiet=request.quiet) as progress:
+    with ProgressReport(quiet=options.quiet) as progress:
         answer = recommend_vllm(
             question,
             VllmEngine(profile),
-            workers=request.workers,
-            timeout_s=request.timeout_s,
+            workers=options.workers,
+            timeout_s=options.timeout_s,
             progress=progress,
         )
     plan = answer.plan
-    if request.output_dir is not None:
-        write_folder(plan, request.output_dir, overwrite=request.overwrite)
-    if request.as_json:
+    if options.output_dir is not None:
+        write_folder(plan, options.output_dir, overwrite=options.overwrite)
+    if options.form == "json":
         typer.echo(json.dumps(answer.to_json(), indent=2, allow_nan=False))
     else:
-        _print(answer, request)
-    if plan.recommended is None and not request.quiet:
+        _print(answer, options)
+    if plan.recommended is None and not options.quiet:
         typer.echo(_no_plan(plan), err=True)
     return 0 if plan.recommended is not None else 1
 
 
-def _profile(request: VllmRequest) -> VllmProfile:
-    profile = load_vllm_profile(request.profile or find_vllm_profile(request.model))
-    if request.gpu not in (OUR_DEFAULT_GPU, profile.gpu):
-        raise UserError(f"{profile.source}: is of gpu {profile.gpu!r}, not of {request.gpu!r}")
-    if request.model != profile.model.name and request.profile is None:
-        raise UserError(f"{profile.source}: is of model {profile.model.name!r}, not of {request.model!r}")
+def _profile(options: PlanOptions) -> VllmProfile:
+    profile = load_vllm_profile(options.profile or find_vllm_profile(options.model))
+    if options.gpu not in (DEFAULT_GPU, profile.gpu):
+        raise UserError(f"{profile.source}: is of gpu {profile.gpu!r}, not of {options.gpu!r}")
+    if options.model != profile.model.name and options.profile is None:
+        raise UserError(f"{profile.source}: is of model {profile.model.name!r}, not of {options.model!r}")
     return profile
 
 
 def _question(request: VllmRequest, profile: VllmProfile) -> Question:
-    given = None if request.adapters is None else load_adapters(request.adapters)
+    options = request.options
+    given = None if options.adapters is None else load_adapters(options.adapters)
+    assert options.gpus is not None
     space = vllm_space(
         profile,
         request.trace,
         adapters_of_trace(request.trace.adapters, given),
-        gpus=request.gpus,
-        tp=TP_DEGREES if request.tp is None else _integers("--tp", request.tp),
-        max_num_seqs=_integers("--max-num-seqs", request.max_num_seqs),
-        max_loras=_integers("--max-loras", request.max_loras),
-        utilizations=_numbers("--gpu-memory-utilization", request.utilizations),
+        gpus=options.gpus,
+        tp=TP_DEGREES if options.tp is None else numbers("--tp", options.tp),
+        max_num_seqs=numbers("--max-num-seqs", options.max_num_seqs),
+        max_loras=numbers("--max-loras", options.max_loras),
+        utilizations=shares("--gpu-memory-utilization", options.gpu_memory_utilization),
         context=context_of(request.trace, profile.model),
     )
     return Question(
@@ -111,23 +98,23 @@ def _question(request: VllmRequest, profile: VllmProfile) -> Question:
         slo=request.slo,
         profile=cast(Any, profile),
         adapters=given,
-        objective=request.objective,
-        prices=load_prices(request.prices),
-        show=request.top,
-        seed=request.seed,
+        objective=options.objective,
+        prices=load_prices(options.prices),
+        show=options.top,
+        seed=options.seed,
     )
 
 
-def _print(answer: VllmPlan, request: VllmRequest) -> None:
+def _print(answer: VllmPlan, options: PlanOptions) -> None:
     commands = None
     chosen = answer.plan.recommended
     if chosen is not None:
-        where = request.output_dir or Path("plan-output")
-        simulate = ["python", "-m", "sim", "run", "--trace", str(request.trace_file)]
+        where = options.output_dir or Path("plan-output")
+        simulate = ["python", "-m", "sim", "run", "--trace", str(options.trace)]
         simulate += ["--config", str(where / "recommended.json")]
-        simulate += ["--profile", str(request.profile or find_vllm_profile(request.model))]
-        if request.adapters is not None:
-            simulate += ["--adapters", str(request.adapters)]
+        simulate += ["--profile", str(options.profile or find_vllm_profile(options.model))]
+        if options.adapters is not None:
+            simulate += ["--adapters", str(options.adapters)]
         commands = Commands(shlex.join(simulate), answer.exports["recommended"])
     print_plan(answer.plan, commands)
     if chosen is not None:
@@ -148,17 +135,3 @@ def _no_plan(plan: Plan) -> str:
         f"{near.config.max_adapters} slots, sustains {near.sustainable_rps:.2f} of {plan.rate_rps:.2f} req/s; "
         f"what binds: {near.misses}, {near.bottleneck}"
     )
-
-
-def _integers(flag: str, text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise UserError(f"{flag}={text} must be whole numbers, such as 1,2,4") from None
-
-
-def _numbers(flag: str, text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise UserError(f"{flag}={text} must be numbers, such as 0.9,0.95") from None

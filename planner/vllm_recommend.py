@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from engine.config import ServingConfig
-from planner.jobs import Jobs, RateJob, Runner
+from planner.headroom import Resource
+from planner.jobs import Runner
 from planner.plan import Plan
 from planner.probe import Prober
 from planner.recommend import Maker, Question, pick
-from planner.search import KEPT_SETTINGS, SCREEN_GUESS, SCREEN_TOLERANCE, Findings, Progress, Search
-from planner.trial import Trial, most_rate
+from planner.search import Findings, Progress, search
+from planner.trial import Trial
 from planner.vllm import VllmEngine, VllmSpace, vllm_flags
 from planner.workers import Workers, cores
 from planner.workload import Workload
@@ -27,38 +28,6 @@ class VllmPlan:
     def to_json(self) -> dict[str, Any]:
         """Return the plan's JSON form, and `exports`."""
         return self.plan.to_json() | {"engine": "vllm", "exports": self.exports}
-
-
-class VllmSearch(Search):
-    """The planner's search; settings are vLLM's."""
-
-    def __init__(
-        self, engine: VllmEngine, space: VllmSpace, prober: Prober, jobs: Jobs, progress: Progress
-    ) -> None:
-        super().__init__(space, prober, jobs, progress)
-        self._engine = engine
-        self._vllm_space = space
-
-    def narrow(self) -> None:
-        """Find each TP degree's best settings, with one replica."""
-        possible, impossible = self._engine.settings(self._vllm_space, self._prober.adapters)
-        self.findings.impossible += impossible
-        possible = [config for config in possible if self._within_bounds(config)]
-        screened = self._rates("screening settings", [self._screen_job(config) for config in possible])
-        by_tp = {tp: most_rate(_of(screened, tp)) for tp in sorted({trial.config.tp for trial in screened})}
-        kept = [trial for best in by_tp.values() for trial in best[:KEPT_SETTINGS]]
-        work = [self._window_job(trial) for trial in kept if trial.sustainable_rps > 0]
-        known = {trial.config: trial for trial in (*screened, *self._rates("the best settings", work))}
-        again = [known[trial.config] for trial in kept]
-        self._settings = {tp: most_rate(_of(again, tp)) for tp in by_tp}
-
-    def _screen_job(self, config: ServingConfig) -> RateJob:
-        guess_rps = SCREEN_GUESS * self._ceiling_rps[config]
-        return self._rate_job((config,), "screen", guess_rps, SCREEN_TOLERANCE, 0.5)
-
-
-def _of(trials: list[Trial], tp: int) -> list[Trial]:
-    return [trial for trial in trials if trial.config.tp == tp]
 
 
 def recommend_vllm(
@@ -79,17 +48,13 @@ def recommend_vllm(
         simulate=engine.simulate,
         seed=question.seed,
     )
-    tell = progress or (lambda stage, done, total: None)
     with Workers(Runner(prober), workers or cores(), timeout_s) as jobs:
-        search = VllmSearch(engine, space, prober, jobs, tell)
-        search.narrow()
-        search.whole_trace()
-        search.fewest_gpus()
-        search.at_rate(question.show)
-        search.findings.timed_out = jobs.timed_out
-        if not search.findings.trials and jobs.timed_out:
+        findings = search(
+            space, prober, jobs, show=question.show, progress=progress, settings=engine.settings
+        )
+        if not findings.trials and jobs.timed_out:
             raise RuntimeError("time was up before any configuration was tried; give a longer --timeout-s")
-    plan = _plan(question, engine, prober, search.findings)
+    plan = _plan(question, engine, prober, findings)
     chosen = {"recommended": plan.recommended, "fewest_gpus": plan.fewest_gpus}
     exports = {
         name: " ".join(vllm_flags(choice.config, question.specs))
@@ -124,7 +89,7 @@ def _plan(question: Question, engine: VllmEngine, prober: Prober, findings: Find
                 priced=base.gpu.lower() in question.prices,
             )
         ),
-        retraining=(),
+        retraining=(),  # vLLM pads every adapter to one rank: see --max-lora-rank
         trials=tuple(findings.trials.values()),
         impossible=tuple(findings.impossible),
     )
@@ -140,6 +105,10 @@ class _Maker(Maker):
     def step_error(self, config: ServingConfig) -> float:
         """As of Maker."""
         return self._engine.step_error(config)
+
+    def resources(self, trial: Trial) -> list[Resource]:
+        """As of Maker: what our engine's resources are is not told of vLLM."""
+        return []
 
     def memory(self, trial: Trial) -> dict[str, int]:
         """As of Maker."""

@@ -8,13 +8,25 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
+from multiprocessing.context import BaseContext
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
 Job = TypeVar("Job")
 Answer = TypeVar("Answer")
 
+PRELOADED = ("planner.jobs", "sim.simulate", "sim.costs", "scipy.optimize", "scipy.interpolate")
+
 _work: Callable[[Any], Any] | None = None  # in a worker process: what it was started for
+
+
+def preload(count: int) -> None:
+    """Begin to import what workers need, in a process that they are later forked from: beside what is done here until then."""
+    if count > 1 and "forkserver" in multiprocessing.get_all_start_methods():
+        _context()
+        from multiprocessing import forkserver
+
+        forkserver.ensure_running()
 
 
 class Workers(Generic[Job, Answer]):
@@ -43,37 +55,47 @@ class Workers(Generic[Job, Answer]):
         """Whether time is up."""
         return self._ends_at_s is not None and time.monotonic() >= self._ends_at_s
 
-    def run(self, jobs: Sequence[Job], on_done: Callable[[], None] = lambda: None) -> list[Answer | None]:
-        """Return the answers in the order of the jobs; None where time was up. `on_done`: after each job."""
+    def run(
+        self,
+        jobs: Sequence[Job],
+        on_done: Callable[[], None] = lambda: None,
+        on_answer: Callable[[int, Answer], None] = lambda index, answer: None,
+    ) -> list[Answer | None]:
+        """Return the answers in the order of the jobs; None where time was up.
+
+        on_done: called after each job; on_answer: before that, with the job's place and its answer.
+        """
         if self._count == 1:
-            return [self._run_here(job, on_done) for job in jobs]
+            return [self._run_here(index, job, on_done, on_answer) for index, job in enumerate(jobs)]
         if not jobs or self.timed_out:
             return [None] * len(jobs)
         futures = [self._started().submit(_call, job) for job in jobs]
+        places = {future: index for index, future in enumerate(futures)}
         pending: set[Future[Answer]] = set(futures)
         while pending and not self.timed_out:
             left_s = None if self._ends_at_s is None else max(0.0, self._ends_at_s - time.monotonic())
             done, pending = wait(pending, timeout=left_s, return_when="FIRST_COMPLETED")
             for future in done:
-                future.result()  # raises what the job raised
+                on_answer(places[future], future.result())  # raises what the job raised
                 on_done()
         if pending:
             self._stop()
         return [None if future in pending else future.result() for future in futures]
 
-    def _run_here(self, job: Job, on_done: Callable[[], None]) -> Answer | None:
+    def _run_here(
+        self, index: int, job: Job, on_done: Callable[[], None], on_answer: Callable[[int, Answer], None]
+    ) -> Answer | None:
         if self.timed_out:
             return None
         answer = self._work(job)
+        on_answer(index, answer)
         on_done()
         return answer
 
     def _started(self) -> ProcessPoolExecutor:
         if self._pool is None:
-            # A fork would copy whatever threads hold (a progress bar's, a web page's): spawn is safe everywhere.
-            context = multiprocessing.get_context("spawn")
             self._pool = ProcessPoolExecutor(
-                self._count, mp_context=context, initializer=_start, initargs=(self._work,)
+                self._count, mp_context=_context(), initializer=_start, initargs=(self._work,)
             )
         return self._pool
 
@@ -95,6 +117,18 @@ def cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def _context() -> BaseContext:
+    """Return how processes start. A fork of this one would copy whatever threads hold (a progress bar's, a web page's):
+
+    they are forked from one without threads that has imported everything, or spawned where there is none.
+    """
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(PRELOADED))
+    return context
 
 
 def _start(work: Callable[[Any], Any]) -> None:

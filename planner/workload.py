@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -11,12 +11,15 @@ from engine.errors import UserError
 from engine.model_shape import ModelShape
 from traces import Trace
 
-Piece = Literal["screen", "window", "trace"]
+Piece = Literal["screen", "window", "stretch", "trace"]
+PIECES: tuple[Piece, ...] = get_args(Piece)  # ever longer
 Blocks = tuple[tuple[int, ...] | None, ...] | None
 
 SCREEN_REQUESTS = 300  # enough to tell a setting that is half as good
-WINDOW_REQUESTS = 1500  # a minute or more at a replica's highest rate: longer than what a request stays
-REQUESTS_A_REPLICA = 1000  # fewer, and a replica could be late with all of them before it shows
+WINDOW_REQUESTS = 800  # a minute at the highest rate of a replica with one GPU: longer than a request stays
+STRETCH_REQUESTS = 3000  # half a minute at the highest rate of eight replicas
+REQUESTS_A_REPLICA = 500  # fewer, and a replica could be late with all of them before it shows
+LONG_ENOUGH = 0.7  # of that: a stretch that is to be compared on is taken as it is
 MOST_REPEATED = 16_000  # requests: a trace is not repeated beyond this
 LENGTH_STEP = 1024  # max_model_len is a multiple of this
 
@@ -27,6 +30,7 @@ class Workload:
 
     screen: Trace
     window: Trace
+    stretch: Trace
     trace: Trace
 
     @classmethod
@@ -36,8 +40,9 @@ class Workload:
             raise UserError(
                 f"{trace.name}: all requests arrive at one instant, so there is no rate to plan for"
             )
-        window = busiest(trace, WINDOW_REQUESTS)
-        return cls(screen=busiest(window, SCREEN_REQUESTS), window=window, trace=trace)
+        stretch = busiest(trace, STRETCH_REQUESTS)
+        window = busiest(stretch, WINDOW_REQUESTS)
+        return cls(screen=busiest(window, SCREEN_REQUESTS), window=window, stretch=stretch, trace=trace)
 
     @property
     def rate_rps(self) -> float:
@@ -45,7 +50,12 @@ class Workload:
 
     def piece(self, name: Piece) -> Trace:
         """Return a piece by its name."""
-        pieces: dict[Piece, Trace] = {"screen": self.screen, "window": self.window, "trace": self.trace}
+        pieces: dict[Piece, Trace] = {
+            "screen": self.screen,
+            "window": self.window,
+            "stretch": self.stretch,
+            "trace": self.trace,
+        }
         return pieces[name]
 
     def long_piece(self, name: Piece, replicas: int) -> Trace:
@@ -55,7 +65,9 @@ class Workload:
         """
         piece = self.piece(name)
         wanted = min(MOST_REPEATED, REQUESTS_A_REPLICA * replicas)
-        return piece if name != "trace" else repeated(piece, -(-wanted // len(piece)))
+        if name not in ("stretch", "trace") or (name == "stretch" and len(piece) > LONG_ENOUGH * wanted):
+            return piece
+        return repeated(piece, -(-wanted // len(piece)))
 
 
 def busiest(trace: Trace, count: int) -> Trace:

@@ -40,7 +40,7 @@ def files(tmp_path_factory) -> Path:
     (folder / "ranks.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (folder / "unsorted.jsonl").write_text("\n".join(map(json.dumps, reversed(rows))))
     (folder / "others.jsonl").write_text(json.dumps({"name": "other", "rank": 8}) + "\n")
-    blocks = [{"name": f"a{i}", "kind": "dynamic", "rank": 8} for i in range(5)]
+    blocks = [{"name": f"a{i}", "kind": "dynamic", "rank": 8, "num_experts": 99} for i in range(5)]
     (folder / "blocks.jsonl").write_text("\n".join(map(json.dumps, blocks)))
     (folder / "full").mkdir()
     (folder / "full" / "mine.txt").write_text("precious")
@@ -200,7 +200,18 @@ def test_a_burst_that_is_over_in_time_is_warned_of(files, capsys) -> None:
         (["--model", "gpt-9"], "gpt-9"),
         (["--gpu", "h900"], "h900"),
         (["--frobnicate"], "--frobnicate"),
-        (["--objective", "pareto"], "pareto"),
+        (["--objective", "cheapest"], "cheapest"),
+        (["--scheduler", "lifo"], "--scheduler: 'lifo'"),
+        (["--router", ""], "--router"),
+        (["--placement", "moon"], "--placement: 'moon'"),
+        (["--max-adapters-per-step", "few"], "--max-adapters-per-step=few"),
+        (["--merge", "always"], "--merge: 'always'"),
+        (["--export", "tgi"], "--export: 'tgi'"),
+        (["--explain", "x.json", "--verify", "RUN"], "exclude each other"),
+        (["--config", "x.json"], "--config is for --verify"),
+        (["--cluster", "tcp://127.0.0.1:1"], "--cluster and --workers exclude each other"),
+        (["--gpu", "h200,h100"], "takes neither --profile"),
+        (["--engine", "vllm", "--objective", "pareto"], "--objective pareto"),
         (["--ttft-ms", "-5"], "--ttft-ms=-5"),
         (["--tpot-ms", "0"], "--tpot-ms=0"),
         (["--e2e-ms", "nan"], "--e2e-ms=nan"),
@@ -219,7 +230,7 @@ def test_a_burst_that_is_over_in_time_is_warned_of(files, capsys) -> None:
         (["--trace", "{}/unsorted.jsonl"], "unsorted.jsonl:2: arrival_s"),
         (["--adapters", "{}/missing.jsonl"], "missing.jsonl"),
         (["--adapters", "{}/others.jsonl"], "adapter 'a0' of the trace"),
-        (["--adapters", "{}/blocks.jsonl"], "'dynamic' is not supported yet"),
+        (["--adapters", "{}/blocks.jsonl"], "blocks.jsonl:1: num_experts (=99)"),
         (["--profile", "{}/missing.json"], "missing.json"),
         (["--profile", "{}/empty.jsonl"], "not JSON"),
         (["--prices", "{}/profile.json"], "usd_per_gpu_hour"),
@@ -262,22 +273,42 @@ sys.exit(main({arguments(files, "--quiet")!r}))
     assert "recommended" in done.stdout
 
 
-@pytest.mark.skipif(os.name != "posix", reason="sends a signal")
-def test_ctrl_c_is_130_and_leaves_nothing(files) -> None:
-    out = files / "interrupted"
+def start(files: Path, out: Path, *more: str) -> subprocess.Popen[str]:
     trace = ROOT / "traces" / "samples" / "sample.jsonl.gz"
-    more = ["--trace", str(trace), "--workers", "2", "--output-dir", str(out)]
-    command = [sys.executable, "-m", "planner", *arguments(files, *more)]
-    with subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    ) as process:
-        assert process.stderr is not None and process.stdout is not None
-        for line in process.stderr:
-            if line.startswith("the best settings"):
-                break
+    given = arguments(files, "--trace", str(trace), "--output-dir", str(out), "--top", "1", *more)
+    return subprocess.Popen(
+        [sys.executable, "-m", "planner", *given],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_for(process: subprocess.Popen[str], stage: str) -> None:
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith(stage):
+            return
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends a signal")
+def test_ctrl_c_is_130_with_the_best_so_far_and_resumes(files) -> None:
+    out = files / "interrupted"
+    with start(files, out, "--workers", "2", "--format", "json") as process:
+        wait_for(process, "the best settings")
         time.sleep(0.3)
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-        assert process.wait(timeout=20) == 130
+        assert process.wait(timeout=30) == 130
+        assert process.stderr is not None and process.stdout is not None
         assert "Traceback" not in process.stderr.read()
-        assert process.stdout.read() == ""
-    assert not out.exists()
+        best = json.loads(process.stdout.read())
+    assert any("best so far" in warning for warning in best["warnings"])
+    assert not (out / "plan.json").exists() and (out / "request.json").exists()
+    known = len((out / "journal.jsonl").read_text().splitlines())
+    assert known > 0 and len((out / "trials.jsonl").read_text().splitlines()) >= known
+    trace = str(ROOT / "traces" / "samples" / "sample.jsonl.gz")
+    other = arguments(files, "--trace", trace, "--output-dir", str(out), "--top", "2")
+    assert main(other) == 2, "another question is not resumed"
+    assert (out / "journal.jsonl").exists()
