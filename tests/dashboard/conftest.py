@@ -1,6 +1,7 @@
 """One page at a time, as `app.py` draws it, with the answers that ship taken as fresh."""
 
 import dataclasses
+import sys
 
 import pytest
 import streamlit as st
@@ -16,6 +17,14 @@ def script(path):
 
     scenario_form.show()
     next(page for page in pages.PAGES if page.path == path).show()
+
+
+@pytest.fixture(autouse=True)
+def own_main():
+    """Put `__main__` back, which a drawn page replaces by its script: processes started later would run that."""
+    ours = sys.modules["__main__"]
+    yield
+    sys.modules["__main__"] = ours
 
 
 @pytest.fixture

@@ -154,7 +154,7 @@ def serve(runner, names, logits, count=10):
         (2, "replicated", ["r8", "r3", "bd2", "bd4"]),
         (2, "block_diagonal", ["r8", "r3", "bd2", "bd4"]),
         (2, "slora", ["r8", "r3", "bd2"]),
-        (2, "slora_published", ["r8", "r3"]),
+        pytest.param(2, "slora_published", ["r8", "r3"], marks=pytest.mark.slow),
         pytest.param(4, "slora", ["r8", "r3", "bd4"], marks=pytest.mark.slow),  # four processes on two cores
         pytest.param(4, "block_diagonal", ["r8", "r3", "bd4"], marks=pytest.mark.slow),
         pytest.param(8, "replicated", ["r8", "r3"], marks=pytest.mark.slow),  # eight processes on two cores

@@ -32,3 +32,29 @@ else:  # The interpreter's bf16 tl.dot is wrong (Triton 3.6), so bf16 is tested 
 def target(request):
     """(device, dtype) that a kernel is tested on."""
     return request.param
+
+
+# The interpreter takes seconds for each of these: one of its two types by default, the stricter one; the other is a slow test.
+HEAVY = {
+    "test_large_tiles_beside_small_ones",
+    "test_a_row_that_is_not_finite_touches_no_other_row",
+    "test_a_mixed_batch",
+    "test_parts_of_the_input",
+    "test_a_whole_step_of_8192_tokens",
+    "test_the_engine_launch_configuration",
+    "test_from_a_pristine_copy",
+    "test_one_weight_at_a_time",
+    "test_in_place_takes_the_last_token_out",
+    "test_pristine_form_knows_no_past",
+    "test_experts",
+    "test_packed_and_collected_is_h",
+    "test_decode",
+    "test_prefill",
+    "test_routes_as_the_reference_does",
+}
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "interpreter-fp16" in item.name and getattr(item, "originalname", "") in HEAVY:
+            item.add_marker(pytest.mark.slow)
