@@ -55,9 +55,7 @@ def config(world, **changes):
     return ServingConfig(**(options | changes))
 
 
-@pytest.mark.parametrize(
-    "router", ["round_robin", pytest.param("adapter_affinity", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("router", ["round_robin", pytest.param("adapter_affinity", marks=pytest.mark.slow)])
 def test_a_replay_on_two_replicas_serves_every_request_once(world, tmp_path, router):
     trace = load(world / "trace.jsonl")
     (totals,) = record_replays(
