@@ -61,5 +61,5 @@ $(BIN)/python:
 
 .venv/.dev-ready: pyproject.toml constraints.txt | $(BIN)/python
 	@echo 'setting up .venv with torch and the tools for tests (some minutes) ...' >&2
-	@$(INSTALL) --editable '.[engine,dev]'
+	@$(INSTALL) --editable '.[engine,dev,cluster]'
 	@touch .venv/.plan-ready $@

@@ -13,7 +13,6 @@ import pytest
 from engine.errors import UserError
 from planner.cluster import ClusterWorkers
 
-pytest.importorskip("distributed")
 ROOT = Path(__file__).parent.parent.parent
 
 
