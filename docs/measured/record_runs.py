@@ -75,29 +75,32 @@ def _prepare_group(
     from traces import save
 
     specs: dict[str, Any] = {}
+    loads: dict[str, float] = {}
     for run in group.runs:
         key = json.dumps([group.config, group.adapter], sort_keys=True), run.traffic
         if key not in capacities:
             flood = at_once(draw(run, 100.0, _flood(run.traffic), real))
             found = simulate(flood, config, costs, adapters=_specs(flood, group))
             capacities[key] = found.metrics["throughput_rps"]
-        rate_rps = run.load * capacities[key]
-        trace = draw(run, rate_rps, max(1, round(rate_rps * run.seconds)), real)
+        rate_rps = run.rate_rps or run.load * capacities[key]
+        load = rate_rps / capacities[key]
+        trace = draw(run, rate_rps, run.requests or max(1, round(rate_rps * run.seconds)), real)
+        trace = at_once(trace) if run.requests else trace
         save(trace, place / f"{run.folder}.jsonl.gz")
         specs |= _specs(trace, group)
+        loads[run.folder] = load
         predicted = simulate(trace, config, costs, adapters=specs).metrics
         shown = f"{len(trace)} requests, {rate_rps:.2f} of {capacities[key]:.2f} req/s"
         print(f"{run.folder}: {shown}", file=sys.stderr)
         yield {
             "run": run.folder,
-            "load": run.load,
+            "load": round(load, 3),
             "capacity_rps": capacities[key],
             "offered_rps": trace.rate_rps,
             "requests": len(trace),
             "predicted": {name: round(predicted[name], 6) for name in METRICS},
         }
     _write_adapters(place / "adapters.jsonl", specs.values())
-    loads = {run.folder: run.load for run in group.runs}
     (place / "loads.json").write_text(json.dumps(loads), encoding="utf-8")
 
 
@@ -108,7 +111,7 @@ def draw(run: Run, rate_rps: float, count: int, real: Path | None) -> Any:
     from traces.like import LIKE, cut, synthesize_like
     from traces.synth import S_LORA, synthesize
 
-    traffic, seed = run.traffic, zlib.crc32(run.name.encode())
+    traffic, seed = run.traffic, zlib.crc32((run.drawn_as or run.name).encode())
     if traffic.real is not None:
         if real is None:
             raise SystemExit("error: visit 5 needs --real FOLDER, of the real traces with adapters")
@@ -173,11 +176,12 @@ def visit(number: int, folder: Path, out: Path, budget_s: float) -> int:
             print(f"{group.name}: passed over, takes {group.seconds:.0f} s of {left_s:.0f}", flush=True)
             failed += 1
             continue
-        failed += not _replay(group, folder / f"visit{number}" / group.name, out, left_s)
+        limit_s = min(left_s, 1.4 * group.seconds)
+        failed += not _replay(group, folder / f"visit{number}" / group.name, out, limit_s)
     return 1 if failed else 0
 
 
-def _replay(group: Group, place: Path, out: Path, left_s: float) -> bool:
+def _replay(group: Group, place: Path, out: Path, limit_s: float) -> bool:
     """Replay a group and pack its records, also those made before something went wrong."""
     with tempfile.TemporaryDirectory() as scratch:
         records = Path(scratch) / "records"
@@ -188,7 +192,7 @@ def _replay(group: Group, place: Path, out: Path, left_s: float) -> bool:
         command += ["--out", str(records if len(group.runs) > 1 else records / group.runs[0].folder)]
         begun_s = time.monotonic()
         try:
-            code: int | str = subprocess.run(command, timeout=left_s, check=False).returncode
+            code: int | str = subprocess.run(command, timeout=limit_s, check=False).returncode
         except subprocess.TimeoutExpired:
             code = "timed out"
         made = sorted(path.parent for path in records.glob("*/run.json"))

@@ -23,13 +23,19 @@ class Traffic:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """One replay: traffic at a share of capacity for so many seconds. again: the same trace as the run without it."""
+    """One replay: traffic at a share of capacity, or at rate_rps, for so many seconds. again: the same trace as the run without it.
+
+    drawn_as: runs of one such name and rate have the same trace. requests: so many, all at once.
+    """
 
     name: str
     traffic: Traffic
     load: float
     seconds: float = 24.0
     again: bool = False
+    rate_rps: float | None = None
+    drawn_as: str | None = None
+    requests: int | None = None
 
     @property
     def folder(self) -> str:
@@ -63,15 +69,23 @@ S1 = Traffic(adapters=2000, ranks=(8,))
 WIDE = Traffic(adapters=100, ranks=(8, 16, 32, 64, 128), zipf_s=0.92)
 CONV, CODE, MOONCAKE = (replace(WIDE, like=like) for like in ("azure-conv", "azure-code", "mooncake"))
 TP_MODES = ("replicated", "block_diagonal", "slora", "slora_published")
+SKEWED = replace(SOME, zipf_s=2.0)  # one adapter has 62 %
+
+
+def order(config: str) -> tuple[Run, ...]:
+    """Return the runs that order configurations: one trace at a rate that all can serve, and a flood."""
+    return (
+        Run(name=f"order-{config}", traffic=SKEWED, load=0.0, seconds=20.0, rate_rps=40.0, drawn_as="order"),
+        Run(name=f"flood-{config}", traffic=SKEWED, load=2.0, seconds=1.0, drawn_as="flood", requests=300),
+    )
 
 
 def tp_group(mode: str, *percents: int) -> Group:
     """Return runs of one way to cut adapters over two GPUs, with 32 of them."""
     bd = mode == "block_diagonal"
-    traffic = replace(SOME, ranks=(32,)) if bd else SOME
     return Group(
         name=f"tp2-{mode}",
-        runs=levels(f"tp2-{mode}", traffic, *percents, seconds=22.0),
+        runs=(*levels(f"tp2-{mode}", SOME, *percents, seconds=22.0), *order(f"tp2-{mode}")),
         config={"tp": 2, "lora_sharding": mode},
         adapter={"kind": "bd_lora", "nblocks": 2} if bd else {},
     )
@@ -85,6 +99,7 @@ VISITS: dict[int, tuple[Group, ...]] = {
                 *levels("r16x1", ONE, 30, 85),
                 *levels("r16x32", SOME, 60, 85, 110),
                 *levels("r16x200", MANY, 30, 60, 85, 110),
+                *order("tp1"),
             ),
         ),
         Group(name="s1", runs=levels("s1x2000", S1, 60, 85, 110), adapter={"target_modules": QKVO}),
@@ -111,18 +126,23 @@ VISITS: dict[int, tuple[Group, ...]] = {
     ),
     3: (
         tp_group("block_diagonal", 60, 85),
-        tp_group("replicated", 60),
-        tp_group("slora", 60, 85),
-        tp_group("slora_published", 60),
+        tp_group("slora", 85),
+        tp_group("replicated"),
+        tp_group("slora_published"),
     ),
     4: (
-        Group(name="replicas2", runs=levels("replicas2", SOME, 60, 85, 110), config={"replicas": 2}),
+        Group(
+            name="replicas2",
+            runs=(*levels("replicas2", SOME, 85, 110), *order("replicas2")),
+            config={"replicas": 2},
+        ),
         Group(
             name="replicas2-affinity",
             runs=levels("replicas2-affinity", MANY, 60),
             config={"replicas": 2, "router": "adapter_affinity"},
         ),
     ),
+    6: (Group(name="merge-hot", runs=order("merge-hot"), config={"merge": "hot", "merge_adapter": "a0000"}),),
     5: (
         Group(
             name="real",
