@@ -7,6 +7,7 @@ adapters that were to be registered (engine/group_store.py).
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
 import socket
@@ -74,6 +75,7 @@ class Followers:
         self._end_on_loss = end_on_loss
         self._parting = threading.Event()
         self._closing = threading.Event()
+        self._lost = threading.Event()  # a rank, before closing
         self._sending = threading.Lock()  # held over all pipes, so that all hear the same order
         self._news = threading.Condition()  # of the four below, which the reader changes
         self._ready: set[int] = set()
@@ -83,8 +85,11 @@ class Followers:
         self._reader: threading.Thread | None = None
         self._reader_ends, self._end_reader = multiprocessing.Pipe(duplex=False)
         self._stop = stop_at_exit(self._pipes, self._processes)
+        self._watcher = threading.Thread(target=self._watch, daemon=True, name="rank-watch")
         if processes:
-            threading.Thread(target=self._watch, daemon=True, name="rank-watch").start()
+            self._watcher.start()
+        if processes or end_on_loss:
+            atexit.register(self._end_at_exit)
 
     @classmethod
     def start(cls, task: FollowerTask) -> Followers:
@@ -154,6 +159,8 @@ class Followers:
     def close(self) -> None:
         """End the processes."""
         self._closing.set()
+        if not self._lost.is_set():
+            atexit.unregister(self._end_at_exit)
         if self._sending.acquire(
             timeout=SEND_TIMEOUT_S
         ):  # else somebody is stuck in it, and what is sent will not be read
@@ -174,6 +181,7 @@ class Followers:
                 try:
                     pipe.send(message)
                 except OSError:
+                    self._lost.set()
                     raise RankError(f"rank {rank} is gone") from None
 
     def _check(self) -> None:
@@ -226,6 +234,7 @@ class Followers:
     def _lose(self, rank: int) -> None:
         if self._closing.is_set() or self._parting.is_set():
             return
+        self._lost.set()
         self._fail(RankError(f"rank {rank} is gone"))
         if self._end_on_loss:
             self._end_this_process(f"rank {rank} is gone")
@@ -244,8 +253,18 @@ class Followers:
             process = sentinels[sentinel]  # type: ignore[index]
             process.join()
             done = self._parting.is_set() and process.exitcode == 0
-            if not done and not self._closing.is_set():
+            if self._lost.is_set() or not (done or self._closing.is_set()):
                 self._end_this_process(f"{process.name} died with exit code {process.exitcode}")
+
+    def _end_at_exit(self) -> None:
+        """End this process at once if it ends because of a lost rank: what is freed on a GPU waits for kernels that wait for that rank."""
+        if not self._lost.is_set():
+            return
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if self._watcher.is_alive():
+            self._watcher.join(LAST_WORD_S + 1)  # it says who died, and ends the process itself
+        os._exit(1)
 
     def _end_this_process(self, what: str) -> None:
         """End this process, as a collective with a rank that is gone would never return. What the rank said last is told, if it did."""

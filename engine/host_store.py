@@ -298,7 +298,7 @@ class HostStore:
         return pack(weights, adapter.layout, self._dtype)
 
     def _draw(self, adapter: HostAdapter, out: torch.Tensor | None = None) -> torch.Tensor:
-        """Draw a random adapter; its numbers depend on the store's seed and the adapter's name alone."""
+        """Draw a random adapter; its numbers depend on the store's seed, the adapter's name and its layout alone."""
         digest = hashlib.blake2b(
             f"{self._seed}/{self._rank}/{adapter.spec.name}".encode(), digest_size=7
         ).digest()

@@ -167,10 +167,12 @@ def _write_predictions(rows: list[dict[str, Any]], path: Path) -> None:
 # ---- there: the replays ----
 
 
-def visit(number: int, folder: Path, out: Path, budget_s: float) -> int:
-    """Replay a visit's groups, one engine start each; those that do not fit into what is left of the budget are passed over."""
+def visit(number: int, folder: Path, out: Path, budget_s: float, only: str | None = None) -> int:
+    """Replay a visit's groups, or only one, one engine start each; those that do not fit into what is left of the budget are passed over."""
     begun_s, failed = time.monotonic(), 0
     for group in VISITS[number]:
+        if only is not None and group.name != only:
+            continue
         left_s = budget_s - (time.monotonic() - begun_s)
         if group.seconds > left_s:
             print(f"{group.name}: passed over, takes {group.seconds:.0f} s of {left_s:.0f}", flush=True)
@@ -280,6 +282,7 @@ def arguments() -> argparse.Namespace:
     there.add_argument("folder", type=Path)
     there.add_argument("--out", type=Path, required=True)
     there.add_argument("--budget-s", type=float, default=560.0)
+    there.add_argument("--only", help="this group alone")
     after = commands.add_parser("collect")
     after.add_argument("tars", type=Path, nargs="+")
     after.add_argument("--runs", type=Path, default=RUNS)
@@ -294,7 +297,7 @@ def main() -> int:
     elif asked.command == "collect":
         collect(asked.tars, asked.runs)
     else:
-        return visit(asked.number, asked.folder, asked.out, asked.budget_s)
+        return visit(asked.number, asked.folder, asked.out, asked.budget_s, asked.only)
     return 0
 
 

@@ -50,6 +50,12 @@ def test_hot_by_the_kernels(world):
     check(world, engine, [(name, [1, 2], 2) for name in (None, "r3_mlp", "r16_o")])
 
 
+@pytest.mark.slow
+def test_hot_by_the_kernels_on_linears_of_both(world):
+    engine = world.engine(backend="triton", merge="hot", merge_adapter="r8", graph_max_tokens=0)
+    check(world, engine, [(name, [1, 2], 2) for name in (None, "r16_qv", "r3_mlp", "r8")])
+
+
 def test_hot_outlives_a_failure_and_is_not_unregistered(world):
     engine = world.engine(merge="hot", merge_adapter="r8")
     with pytest.raises(ValueError, match="is merged into the weights"):

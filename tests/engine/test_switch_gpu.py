@@ -1,8 +1,12 @@
 """On a GPU, in CUDA graphs and bf16: adapters merged into the weights of a running engine, and dynamic ones beside ordinary ones, against the
 reference backend."""
 
+import json
+from dataclasses import replace
+
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from engine.adapter import AdapterSpec
 from engine.expert_merge import group_weights
@@ -33,8 +37,43 @@ def check_alike(ours, our_engine, theirs, their_engine, worse_share=0.0):
     assert compared > 0.5 * total, f"only {compared} of {total} rows could be compared"
 
 
+def save_peft(folder, spec, shape):
+    """Write a random adapter as PEFT does, and return its spec."""
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(len(spec.name) + spec.rank)
+    tensors = {}
+    for layer in range(shape.num_layers):
+        for module in spec.target_modules:
+            outputs, inputs = shape.linear_shapes()[module]
+            block = "mlp" if module in ("gate_proj", "up_proj", "down_proj") else "self_attn"
+            for side, size in (("A", (spec.rank, inputs)), ("B", (outputs, spec.rank))):
+                name = f"base_model.model.model.layers.{layer}.{block}.{module}.lora_{side}.weight"
+                tensors[name] = (0.02 * torch.randn(size, generator=generator)).to(torch.bfloat16)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {
+        "peft_type": "LORA",
+        "r": spec.rank,
+        "lora_alpha": spec.rank,
+        "target_modules": list(spec.target_modules),
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return replace(spec, path=folder)
+
+
 @pytest.fixture(scope="module")
-def plain():
+def saved(tmp_path_factory):
+    """Let the adapters lie on disk: what is drawn for one without a folder goes by its pages, and beside a merged one it has others."""
+    folder = tmp_path_factory.mktemp("adapters")
+    specs = {
+        name: save_peft(folder / name, spec, SHAPES["gqa"]) for name, spec in test_engine_gpu.SPECS.items()
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(test_engine_gpu, "SPECS", specs)
+        yield
+
+
+@pytest.fixture(scope="module")
+def plain(saved):
     engine = Recorder(SHAPES["gqa"], "reference", False, graph_max_tokens=0)
     return engine, serve(engine)
 

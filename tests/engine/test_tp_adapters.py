@@ -1,10 +1,15 @@
 """Adapters that come, are replaced and go at tp 2 while requests run: every rank changes its part, or none does."""
 
 import itertools
+import os
+import subprocess
+import sys
+import textwrap
 import threading
 import time
 from dataclasses import replace
 from multiprocessing import Pipe
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -184,6 +189,38 @@ def test_a_rank_that_goes_fails_whoever_waits_for_it():
         with pytest.raises(RankError, match="rank 1 is gone"):
             call()
     followers.close()
+
+
+@pytest.mark.parametrize("closes", [False, True])
+def test_a_process_that_lost_a_rank_ends_though_what_it_holds_cannot_be_freed(tmp_path, closes):
+    """On a GPU that waits for kernels which wait for the rank; here sleep stands for it."""
+    script = tmp_path / "serve.py"
+    script.write_text(
+        textwrap.dedent(f"""
+        import atexit, multiprocessing, os, signal, time
+        atexit.register(time.sleep, 600)
+        from engine.followers import Followers, RankError
+        if __name__ == "__main__":
+            context = multiprocessing.get_context("spawn")
+            ours, theirs = context.Pipe()
+            process = context.Process(target=time.sleep, args=(600,), name="rank-1", daemon=True)
+            process.start()
+            followers = Followers([ours], [process])
+            theirs.close()
+            try:
+                followers.reset()
+            except RankError:
+                os.kill(process.pid, signal.SIGKILL)
+                if {closes}:
+                    followers.close()
+                raise
+        """)
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment, check=False)
+    assert done.returncode == 1
+    assert "error: rank-1 died" in done.stderr
 
 
 def test_what_a_rank_says_ends_up_where_it_is_waited_for():
