@@ -77,7 +77,7 @@ class ParallelPlan:
     batches: tuple[int, ...] = BATCHES
     ranks: tuple[int, ...] = (16, 64)
     adapters: int = 64
-    grid: int = 40
+    grid: int = 100
     requests: int = 0
     bursts: int = 3
     burst_adapters: int = 32
@@ -191,22 +191,22 @@ class _Rank:
             yield self._row("prefill", group, MadeUpStep(chunks=((0, tokens, name),)))
 
     def grid(self, plan: ParallelPlan) -> Iterator[dict[str, Any]]:
-        """Yield random steps: decodes, and decodes with a prefill chunk, each with some adapters of one group."""
+        """Yield random steps: decodes, and decodes with a prefill chunk, each with some adapters of one group, alike or some far ahead of others."""
         config = self.runner.blueprint.config
         groups = dict.fromkeys(name.rpartition("-")[0] for name in self.runner.blueprint.adapters)
         rng = np.random.default_rng(5)
         for number in range(plan.grid):
             group = [None, *groups][int(rng.integers(1 + len(groups)))]
-            count = int(rng.integers(1, plan.adapters + 1))
+            count = round(np.exp(rng.uniform(0, np.log(plan.adapters))))
+            shares = np.arange(1, count + 1) ** -(rng.uniform(0, 2.0) if number % 4 < 2 else 0.0)
             rows = int(np.exp(rng.uniform(0, np.log(config.max_num_seqs - 1))))
             kv = (
                 (np.exp(rng.uniform(3.5, 6.5)) * rng.lognormal(0, 0.5, rows))
                 .clip(8, config.max_model_len // 2)
                 .astype(int)
             )
-            names = [
-                None if group is None else f"{group}-{int(rng.integers(count))}" for _ in range(rows + 1)
-            ]
+            chosen = rng.choice(count, size=rows + 1, p=shares / shares.sum())
+            names = [None if group is None else f"{group}-{index}" for index in chosen.tolist()]
             decodes = tuple((int(tokens), name) for tokens, name in zip(kv, names, strict=False))
             room = config.max_num_batched_tokens - rows
             chunk = int(np.exp(rng.uniform(np.log(8), np.log(room))))

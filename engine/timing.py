@@ -25,13 +25,15 @@ def captured_us(call: Callable[[], object], device: torch.device, *, replays: in
     return event_us(graph.replay, device, replays=replays)
 
 
-def event_us(call: Callable[[], object], device: torch.device, *, replays: int = REPLAYS) -> float:
-    """Return the median microseconds that the device spends on `call`."""
+def event_us(
+    call: Callable[[], object], device: torch.device, *, replays: int = REPLAYS, warmup: int = WARMUP_REPLAYS
+) -> float:
+    """Return the median microseconds that the device spends on `call`, after `warmup` of them."""
     if device.type != "cuda":
         started_s = time.perf_counter()
         call()
         return (time.perf_counter() - started_s) * 1e6
-    for _ in range(WARMUP_REPLAYS):
+    for _ in range(warmup):
         call()
     pairs = []
     for _ in range(replays):

@@ -23,6 +23,7 @@ from kernels.sgmm_launch import CANDIDATES, SgmmTuning
 from kernels.sgmm_plan import SgmmPlan
 
 CONTEXT, MAX_TOKENS = 128, 512
+AGREEMENT = 0.1  # 32 layers in bf16: the same computed by PyTorch differs by 0.06, without experts by 1.3
 HELD = (8, 16, 32, 48, 64)  # tokens that a route is held for
 
 
@@ -249,7 +250,7 @@ class Model:
                 continue
             error = ((logits - wanted).norm() / wanted.norm()).item()
             self.run.add("agreement", {**self.key, "path": path, "rel_diff_to_unmerged": round(error, 5)})
-            if not error < (1e-4 if self.run.tiny else 5e-2):
+            if not error < (1e-4 if self.run.tiny else AGREEMENT):
                 self.run.failed(
                     f"{self.what} {path}", ValueError(f"logits differ from unmerged by {error:.3e}")
                 )
