@@ -166,7 +166,7 @@ class Admission:
     def _fits(self, sequence: Sequence, kept: _Kept) -> bool:
         name, in_use = sequence.request.adapter, self._running.adapters
         if self._max_adapters is not None and name is not None and name not in in_use:
-            promised = kept.adapter is not None and kept.adapter not in (name, *in_use)
+            promised = kept.adapter is not None and kept.adapter not in in_use and kept.adapter != name
             if len(in_use) + promised >= self._max_adapters:
                 return False
         pages = self._pages_for(sequence)

@@ -113,17 +113,16 @@ class GdsfOrder:
         return self._entry.get(entry[2]) == entry[1]
 
     def names(self) -> Iterator[str]:
-        walked: list[tuple[float, int, str]] = []
-        try:
-            while self._heap:
-                entry = heapq.heappop(self._heap)
-                if self._counts(entry):
-                    walked.append(entry)
-                    yield entry[2]
-        finally:
-            for entry in walked:
-                if self._counts(entry):
-                    heapq.heappush(self._heap, entry)
+        heap = self._heap
+        while heap and not self._counts(heap[0]):
+            heapq.heappop(heap)
+        if not heap:
+            return
+        first = heap[0]
+        yield first[2]  # most callers want no more, and sorting takes a while
+        for entry in sorted(heap):
+            if entry != first and self._counts(entry):
+                yield entry[2]
 
 
 def new_idle_order(eviction: AdapterEviction) -> IdleOrder:

@@ -12,7 +12,7 @@ is written to, a simulation only how many are taken. Who is free, kept or overwr
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 
@@ -32,10 +32,12 @@ class PagePool:
         self.num_free = num_pages
         self.on_reuse = on_reuse
         self._first = first
-        # A stack: the page freed last is taken first; a fresh pool hands out first, first + 1, first + 2, …
-        self._free = list(range(first + num_pages - 1, first - 1, -1))
-        self._plain = num_pages  # pages that are neither cold nor taken; `_free` may have more: those taken without having a name yet
-        self._references = [0] * (first + num_pages)
+        # Who takes a page gets the one freed last, then fresh ones: first, first + 1, first + 2, … A simulation makes thousands of pools, most of
+        # whose pages it never names, so nothing is written down of fresh ones.
+        self._free: list[int] = []
+        self._fresh = first
+        self._plain = num_pages  # pages that are neither cold nor taken; some of those taken have no name yet
+        self._references: dict[int, int] = {}  # of pages that somebody holds
         self._worth: dict[
             int, bool
         ] = {}  # pages to keep when nobody holds them -> whether they go to the warm ones
@@ -73,8 +75,8 @@ class PagePool:
 
     def give_back(self, count: int) -> None:
         """Give back pages that were reserved and never named."""
-        if count > len(self._free) - self._plain:
-            raise ValueError(f"{count} nameless pages given back, {len(self._free) - self._plain} are taken")
+        if count > self._nameless:
+            raise ValueError(f"{count} nameless pages given back, {self._nameless} are taken")
         self._plain += count
         self.num_free += count
 
@@ -85,10 +87,19 @@ class PagePool:
         pages = self._free[-count:]
         del self._free[-count:]
         pages.reverse()
+        fresh = count - len(pages)
+        if fresh:
+            pages.extend(range(self._fresh, self._fresh + fresh))
+            self._fresh += fresh
         references = self._references
         for page in pages:
             references[page] = 1
         return pages
+
+    @property
+    def _nameless(self) -> int:
+        """Pages that are taken and have no name."""
+        return len(self._free) + self._first + self.num_pages - self._fresh - self._plain
 
     def _empty_cold(self, count: int) -> None:
         for _ in range(count):
@@ -97,23 +108,25 @@ class PagePool:
     def share(self, pages: Iterable[int]) -> None:
         """Add one reference to pages that are held or kept."""
         for page in pages:
-            if self._references[page] == 0:
+            count = self._references.get(page, 0)
+            if count == 0:
                 if page not in self._worth:
                     raise ValueError(f"page {page} is free and cannot be shared")
                 if self._warm.pop(page, None) is None:
                     del self._cold[page]
                     self.num_free -= 1
-            self._references[page] += 1
+            self._references[page] = count + 1
 
     def release(self, pages: Sequence[int]) -> None:
         """Drop one reference of each page, the last first; a page without references is kept where it is worth it, else free."""
         for page in reversed(pages):
-            count = self._references[page]
+            count = self._references.get(page, 0)
             if count == 0:
                 raise ValueError(f"page {page} is released twice")
-            self._references[page] = count - 1
             if count > 1:
+                self._references[page] = count - 1
                 continue
+            del self._references[page]
             warm = self._worth.get(page)
             if warm:
                 self._warm[page] = self._clock()
@@ -133,7 +146,7 @@ class PagePool:
 
     def is_idle(self, page: int) -> bool:
         """Whether nobody holds a page."""
-        return self._references[page] == 0
+        return page not in self._references
 
     def is_warm(self, page: int) -> bool:
         """Whether a page is idle and warm."""
@@ -158,7 +171,7 @@ class PagePool:
     def demote(self, page: int) -> None:
         """Make a kept page cold, and an idle one the next to go."""
         self._worth[page] = False
-        if self._references[page]:
+        if page in self._references:
             return
         if self._warm.pop(page, None) is not None:
             self.num_free += 1
@@ -169,7 +182,7 @@ class PagePool:
         """Take it that a kept page's contents are worth nothing: where nobody holds it, it is plain free."""
         del self._worth[page]
         self.on_reuse(page)
-        if self._references[page]:
+        if page in self._references:
             return
         if self._warm.pop(page, None) is None:
             del self._cold[page]
@@ -185,21 +198,20 @@ class PagePool:
         and `nameless` ones are taken by number.
         """
         assert self.num_free == self._plain + len(self._cold)
-        taken = len(self._free) - self._plain
-        assert taken == nameless, f"{taken} pages without a name, not {nameless}"
-        idle = list(chain(self._free, self._cold, self._warm))
+        assert self._nameless == nameless, f"{self._nameless} pages without a name, not {nameless}"
+        end = self._first + self.num_pages
+        idle = list(chain(self._free, range(self._fresh, end), self._cold, self._warm))
         assert len(set(idle)) == len(idle), "a page is free twice"
         free = set(idle)
-        for page in range(self._first, self._first + self.num_pages):
-            count = self._references[page]
-            assert (count == 0) == (page in free), f"page {page}: {count} references, free: {page in free}"
+        assert 0 not in self._references.values()
+        for page in range(self._first, end):
+            held = page in self._references
+            assert held != (page in free), f"page {page}: held: {held}, free: {page in free}"
         assert all(page in self._worth for page in chain(self._cold, self._warm)), (
             "a kept page is worth nothing"
         )
         assert not any(page in self._worth for page in self._free), "a free page is worth keeping"
         if holders is not None:
-            held = [0] * len(self._references)
-            for pages in holders:
-                for page in pages:
-                    held[page] += 1
-            assert held == self._references, "holders and reference counts disagree"
+            assert Counter(chain.from_iterable(holders)) == self._references, (
+                "holders and reference counts disagree"
+            )

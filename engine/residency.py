@@ -23,9 +23,10 @@ class AdapterState(Enum):
 _RESIDENT = AdapterState.RESIDENT  # Python looks a member of an enumeration up in 0.15 µs, a global in none
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, unsafe_hash=True)
 class AdapterFootprint:
-    """What an adapter takes on one GPU: whole pages, the bytes of its weights in them, and those that a load copies (the pages').
+    """What an adapter takes on one GPU: whole pages, the bytes of its weights in them, and those that a load copies (the pages'). A value:
+    nobody changes it (not `frozen`, which no compiled class may be that is sent to another process).
 
     experts: how many a dynamic adapter has and gives a token; its weights lie outside the pool, and weight_bytes are those that one token reads.
     """

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from engine.adapter import DEFAULT_RANK, AdapterSpec
 from engine.config import ServingConfig
-from planner.intervals import EXTRAPOLATED_FACTOR, EXTRAPOLATED_LEAST, error_of
+from planner.paced import PACES, StepErrors
 from planner.trial import Trial
 from planner.workload import REQUESTS_A_REPLICA, STRETCH_REQUESTS, WINDOW_REQUESTS, longest_request, too_long
 from sim.merge_costs import switch_provenance
@@ -15,15 +15,15 @@ from traces import Trace
 
 
 def assumptions(
-    trace: Trace, given: Mapping[str, AdapterSpec] | None, profile: Profile, error: float
+    trace: Trace, given: Mapping[str, AdapterSpec] | None, profile: Profile, errors: StepErrors
 ) -> list[str]:
     """Return what the plan takes for granted."""
     said = [
         _profile(profile),
         "Attainment is the criterion: the share of all requests that meet every bound.",
         "Adapters are warm in host memory and cold on the GPU when the trace begins.",
-        f"A prediction's interval is the cost model's held-out error (±{error:.1%} a step) through the queue; "
-        f"extrapolated steps: ±{error_of(error, 1.0):.0%} (×{EXTRAPOLATED_FACTOR:g}, at least ±{EXTRAPOLATED_LEAST:.0%}).",
+        f"A prediction's interval: nine times of ten, by the cost model's held-out errors (±{errors.typical(0.0):.1%} a step; extrapolated "
+        f"steps ±{errors.typical(1.0):.0%}), with the busiest {WINDOW_REQUESTS:,} requests simulated at {len(PACES)} paces of the steps.",
         "Sustainable rates speed the trace up evenly: the same requests and bursts in less time.",
         f"Settings are compared with one replica on the busiest {WINDOW_REQUESTS:,} requests, shapes on the busiest "
         f"{STRETCH_REQUESTS:,}, the best on the whole trace.",
@@ -80,8 +80,8 @@ def warnings(
         requests = float(shedding[0].at_best.metrics.get("requests", 0.0))
         share = turned / requests if requests else 0.0
         said.append(
-            f"The scheduler 'slo' turns away requests that would be too late: at its highest rate {share:.1%} of them, which count as "
-            "missed. --scheduler fcfs,clustered,fair plans without."
+            "Only a scheduler that turns away requests that would be too late ('slo') meets the SLO: at its highest rate it refuses "
+            f"{share:.1%} of them, which count as missed. --scheduler fcfs,clustered,fair plans without."
         )
     measured = {steps.tp for steps in profile.parallel if steps.model.name == config.model.lower()}
     degrees = sorted({trial.config.tp for trial in shown if trial.config.tp > 1} - measured)
@@ -100,7 +100,8 @@ def warnings(
         )
     if profile.model.name != config.model.lower():
         said.append(f"Costs are scaled from {profile.model.name}, which was measured, to {config.model}.")
-    said += _single_gpu(shown)
+    if profile.gpu.lower() == config.gpu.lower() and profile.model.name == config.model.lower():
+        said += _single_gpu(shown)
     if any(trial.capped for trial in shown):
         said.append(
             "A sustainable rate is where arithmetic ends it, not the SLO: the trace is too short to fill the GPUs."

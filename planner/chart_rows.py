@@ -211,7 +211,7 @@ def comparison_rows(rows: Sequence[Mapping[str, Any]]) -> list[Row]:
             "metric": f"{row['metric']}, {row['unit']}" if row["unit"] else row["metric"],
             "left": _spread(row, "left"),
             "right": _spread(row, "right"),
-            "change": "–" if row["change_pct"] is None else f"{row['change_pct']:+.1f} %",
+            "change": "–" if row["change_pct"] is None else f"{row['change_pct']:+z.1f} %",
             "better": row["better"],
         }
         for row in rows

@@ -48,7 +48,7 @@ def plan(
     profile: flag.ProfileFile = None,
     engine: flag.Engine = "ours",
     max_loras: flag.MaxLoras = DEFAULTS["max_loras"],
-    gpu_memory_utilization: flag.Utilization = "0.9",
+    gpu_memory_utilization: flag.Utilization = DEFAULTS["gpu_memory_utilization"],
     prices: flag.Prices = None,
     top: flag.Top = 5,
     seed: flag.Seed = 42,

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
 from engine.errors import UserError
+from planner.deadline import Deadline
 
 Job = TypeVar("Job")
 Answer = TypeVar("Answer")
 
 CONNECT_S = 10.0
+ADDRESS = r"([a-z]+://)?[^/\s]+:\d+"
 RETRIES = 5  # of a job whose worker was lost
 
 
@@ -23,11 +26,11 @@ class ClusterWorkers(Generic[Job, Answer]):
     """
 
     def __init__(self, work: Callable[[Job], Answer], address: str, timeout_s: float | None = None) -> None:
-        self._ends_at_s = None if timeout_s is None else time.monotonic() + timeout_s
+        self._deadline = Deadline(timeout_s)
         self._client = _connect(address)
         self._address = address
-        # Workers of the cluster import the planner themselves: it has to be installed there.
-        self._work = self._client.scatter(work, broadcast=True, hash=False)
+        self._work = work
+        self._sent = self._send()
 
     def __enter__(self) -> ClusterWorkers[Job, Answer]:
         return self
@@ -40,7 +43,7 @@ class ClusterWorkers(Generic[Job, Answer]):
     @property
     def timed_out(self) -> bool:
         """Whether time is up."""
-        return self._ends_at_s is not None and time.monotonic() >= self._ends_at_s
+        return self._deadline.passed
 
     def run(
         self,
@@ -51,11 +54,16 @@ class ClusterWorkers(Generic[Job, Answer]):
         """Return the answers in the order of the jobs; None where time was up."""
         if not jobs or self.timed_out:
             return [None] * len(jobs)
-        futures = [self._client.submit(_call, self._work, job, pure=False, retries=RETRIES) for job in jobs]
+        futures = [self._submit(job) for job in jobs]
+        again = [0] * len(jobs)
         answers: list[Answer | None] = [None] * len(jobs)
         pending = set(range(len(jobs)))
         while pending and not self.timed_out:
             for index in sorted(index for index in pending if futures[index].done()):
+                if futures[index].cancelled():
+                    again[index] += 1
+                    futures[index] = self._resubmit(jobs[index], again[index])
+                    continue
                 answers[index] = answer = self._answer(futures[index])
                 pending.remove(index)
                 on_answer(index, answer)
@@ -66,6 +74,25 @@ class ClusterWorkers(Generic[Job, Answer]):
         for index in pending:
             futures[index].cancel()
         return answers
+
+    def _send(self) -> Any:
+        """Send what is called to all workers that there are; those that come later fetch it from them."""
+        # Workers of the cluster import the planner themselves: it has to be installed there.
+        return self._client.scatter(self._work, broadcast=True, hash=False)
+
+    def _submit(self, job: Job) -> Any:
+        return self._client.submit(_call, self._sent, job, pure=False, retries=RETRIES)
+
+    def _resubmit(self, job: Job, times: int) -> Any:
+        """Submit a job again whose function went with the only worker that held it."""
+        try:
+            if times > RETRIES:
+                raise TimeoutError
+            if self._sent.status != "finished":
+                self._sent = self._send()
+        except TimeoutError:
+            raise RuntimeError(f"{self._address}: the cluster has lost its workers") from None
+        return self._submit(job)
 
     def _answer(self, future: Any) -> Answer:
         from distributed import KilledWorker
@@ -86,6 +113,8 @@ def _connect(address: str) -> Any:
         import distributed
     except ImportError:
         raise UserError("--cluster needs Dask: pip install 'loraplan[cluster]' -c constraints.txt") from None
+    if not re.fullmatch(ADDRESS, address):
+        raise UserError(f"--cluster {address}: must be an address such as tcp://HOST:8786")
     try:
         connect: Any = distributed.Client  # has no types
         client = connect(address, timeout=CONNECT_S, set_as_default=False)

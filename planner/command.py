@@ -9,7 +9,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import typer
 
 from engine.adapter import load_adapters
@@ -90,27 +89,31 @@ def _plan(options: PlanOptions, trace: Trace) -> int:
     if answer.interrupted:
         return INTERRUPTED
     if answer.recommended is None and not options.quiet:
-        typer.echo(no_plan(answer), err=True)
+        typer.echo(answer.why_not, err=True)
     return 0 if answer.recommended is not None else 1
 
 
 def _kinds(options: PlanOptions, trace: Trace) -> int:
     """Plan for one kind of GPU after the other, and compare."""
-    questions = [question_of(options, trace, kind) for kind in options.kinds]
-    _say_defaults(options, questions[0])
+    questions = {kind: question_of(options, trace, kind) for kind in options.kinds}
+    _say_defaults(options, questions[options.kinds[0]])
     answers: dict[str, Plan] = {}
-    for kind, question in zip(options.kinds, questions, strict=True):
+    for kind, question in questions.items():
+        if not options.quiet:
+            typer.echo(f"planning for {kind}", err=True)
         with ProgressReport(quiet=options.quiet) as progress:
             answers[kind] = recommend(
                 question, workers=options.workers, timeout_s=options.timeout_s, progress=progress
             )
         if answers[kind].interrupted:
-            return INTERRUPTED
+            break
     if options.form == "json":
         plans = {kind: answer.to_json() for kind, answer in answers.items()}
         typer.echo(json.dumps({"by_gpu": plans}, indent=2, allow_nan=False))
     else:
         print_kinds(answers)
+    if any(answer.interrupted for answer in answers.values()):
+        return INTERRUPTED
     return 0 if any(answer.recommended is not None for answer in answers.values()) else 1
 
 
@@ -195,14 +198,14 @@ def _space(options: PlanOptions, trace: Trace, profile: Profile, kind: str, leng
 
 def request_of(options: PlanOptions, question: Question) -> dict[str, Any]:
     """Return what is asked, resolved: equal requests have equal plans."""
-    columns, slo = question.trace.columns, question.slo
-    digest = hashlib.sha256()
-    for column in (columns.arrival_s, columns.prompt_tokens, columns.output_tokens, columns.adapter_index):
-        digest.update(np.ascontiguousarray(column).tobytes())
-    digest.update(repr((columns.adapter_names, columns.adapter_ranks, columns.prefix_blocks)).encode())
+    slo = question.slo
     specs = repr(sorted(question.specs.items()))
     return {
-        "trace": {"file": str(options.trace), "requests": len(question.trace), "sha256": digest.hexdigest()},
+        "trace": {
+            "file": str(options.trace),
+            "requests": len(question.trace),
+            "sha256": question.trace.digest(),
+        },
         "adapters": {
             "file": None if options.adapters is None else str(options.adapters),
             "sha256": _sha(specs),
@@ -218,18 +221,6 @@ def request_of(options: PlanOptions, question: Question) -> dict[str, Any]:
         "seed": question.seed,
         "export": list(options.exports()),
     }
-
-
-def no_plan(answer: Plan) -> str:
-    """Say why there is no plan: the nearest miss and what binds."""
-    if answer.nearest is None:
-        reasons = sorted({setting.reason for setting in answer.impossible})
-        return f"no feasible configuration: {'; '.join(reasons[:3])}"
-    near = answer.nearest
-    return (
-        f"no feasible configuration within {answer.gpus} GPUs: the nearest, TP {near.config.tp} × {near.config.replicas}, "
-        f"sustains {near.sustainable_rps:.2f} of {answer.rate_rps:.2f} req/s; what binds: {near.misses}, {near.bottleneck}"
-    )
 
 
 def _exports(

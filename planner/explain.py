@@ -82,16 +82,16 @@ def explain(question: Question, config: ServingConfig) -> Explanation:
 
 
 def _explanation(question: Question, prober: Prober, trial: Trial, ceiling_rps: float) -> Explanation:
-    maker = Maker(question, prober, prober.workload.rate_rps)
+    maker = Maker(question, prober)
     choice = maker.choice(trial)
     assert choice is not None
-    error = maker.step_error(trial.config)
+    errors = maker.step_errors(trial.config)
     return Explanation(
         choice=choice,
         rate_rps=prober.workload.rate_rps,
         bound_rps=ceiling_rps,
         room=tuple(adapter_room(trial.config, trial.at_best)),
-        assumptions=tuple(said.assumptions(question.trace, question.adapters, question.profile, error)),
+        assumptions=tuple(said.assumptions(question.trace, question.adapters, question.profile, errors)),
     )
 
 

@@ -1,7 +1,7 @@
 """What a plan's configuration is in the words of an engine: commands for every replica, or a manifest.
 
-The options used are held against the lists in `planner/export_options`, which say where they were read. None of the other
-engines behaves as ours, so each export says what its predictions are worth.
+The options used are held against the lists in `planner/export_options`, read out of the engines' own parsers (docs/measured/record_options.py). None
+of the other engines behaves as ours, so each export says what its predictions are worth.
 """
 
 from __future__ import annotations
@@ -95,14 +95,11 @@ def _vllm(config: ServingConfig, adapters: Mapping[str, AdapterSpec], trace: str
         flags += ["--fully-sharded-loras"] if config.exchanges_lora else []
         flags += ["--lora-modules", *_named(adapters)]
     lines = _replicas(config, lambda port: ["vllm", "serve", config.model, *flags, "--port", str(port)])
-    bench = ["vllm", "bench", "serve", "--model", config.model, "--port", str(BENCH_PORT)]
-    bench += ["--dataset-name", "timed_trace", "--dataset-path", trace]
-    return _script(
-        "vllm",
-        [*lines, *_bench(bench, "vLLM's timed form (timestamp in seconds, lengths)")],
-        flags,
-        _lost(config, adapters),
-    )
+    bench = ["vllm", "bench", "serve", "--model", config.model, "--port", str(BENCH_PORT), "--ignore-eos"]
+    bench += ["--dataset-name", "timed_trace", "--timed-trace-chunk-hash-size", "512"]
+    bench += ["--lora-modules", *sorted(adapters)] if adapters else []
+    note = "adapters are drawn evenly, not by the trace" if adapters else ""
+    return _script("vllm", [*lines, *_bench("vllm", bench, trace, note)], flags, _lost(config, adapters))
 
 
 def _sglang(config: ServingConfig, adapters: Mapping[str, AdapterSpec], trace: str) -> Export:
@@ -119,15 +116,20 @@ def _sglang(config: ServingConfig, adapters: Mapping[str, AdapterSpec], trace: s
         flags += ["--enable-lora", "--max-loras-per-batch", str(slots)]
         flags += ["--max-loaded-loras", str(max(slots, len(adapters)))]
         flags += ["--max-lora-rank", str(_rank(adapters)), "--lora-target-modules", *_modules(adapters)]
-        flags += ["--lora-eviction-policy", "lru", "--enable-lora-overlap-loading"]
+        flags += ["--lora-eviction-policy", "lru"]
+        # It pins what is loaded: refused where more than twice the slots are.
+        flags += ["--enable-lora-overlap-loading"] if len(adapters) <= 2 * slots else []
         flags += ["--lora-paths", *_named(adapters)]
     launch = ["python", "-m", "sglang.launch_server", "--model-path", config.model]
     lines = _replicas(config, lambda port: [*launch, *flags, "--port", str(port)])
-    bench = ["python", "-m", "sglang.bench_serving", "--backend", "sglang", "--port", str(BENCH_PORT)]
-    bench += ["--dataset-name", "mooncake", "--dataset-path", trace]
+    bench = ["python", "-m", "sglang.benchmark.serving", "--backend", "sglang", "--port", str(BENCH_PORT)]
+    bench += ["--dataset-name", "mooncake", "--use-trace-timestamps"]
+    bench += ["--lora-name", *sorted(adapters)] if adapters else []
+    note = "its prompts have 128 words a block of 512 tokens: shorter than the trace's"
+    note += "; adapters are drawn evenly, not by the trace" if adapters else ""
     return _script(
         "sglang",
-        [*lines, *_bench(bench, "Mooncake's form (timestamp in ms, lengths)")],
+        [*lines, *_bench("mooncake", bench, trace, note)],
         ["--model-path", *flags, "--port"],
         _lost(config, adapters),
     )
@@ -218,9 +220,13 @@ def _replicas(config: ServingConfig, command: Callable[[int], list[str]]) -> lis
     return lines
 
 
-def _bench(command: Sequence[str], form: str) -> list[str]:
-    note = f"# verify the plan, per replica, with its share of the trace; the file has to be in {form} first"
-    return ["", note, shlex.join(command)]
+def _bench(form: str, command: Sequence[str], trace: str, note: str) -> list[str]:
+    """Return the commands that replay the trace, in the form that the engine's benchmark reads. note: how far it is the trace's traffic."""
+    file = f"trace.{form}.jsonl"
+    convert = ["python", "-m", "traces", "export", form, trace, "--out", file]
+    said = "# verify the plan, per replica, with its share of the trace"
+    counted = f'--dataset-path {file} --num-prompts "$(wc -l < {file})"'
+    return ["", f"{said}; {note}" if note else said, shlex.join(convert), f"{shlex.join(command)} {counted}"]
 
 
 def _script(engine: str, lines: Sequence[str], flags: Sequence[str], lost: Sequence[str]) -> Export:
@@ -275,7 +281,7 @@ def _rank(adapters: Mapping[str, AdapterSpec]) -> int:
 
 def _rank_step(adapters: Mapping[str, AdapterSpec]) -> int:
     """Return the least rank that vLLM takes and that holds all adapters."""
-    steps: list[int] = options_of("vllm")["max_lora_rank"]
+    steps: list[int] = options_of("vllm")["choices"]["--max-lora-rank"]
     return min(step for step in steps if step >= _rank(adapters))
 
 

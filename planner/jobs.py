@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from engine.config import ServingConfig
+from planner.paced import Paced, PacedJob
 from planner.probe import Probe, Prober
 from planner.rate import RateRange, highest_scale
 from planner.retraining import Change, Retraining, priced
@@ -95,8 +96,8 @@ class RetrainJob:
         return priced(prober, self.config, self.change, self.guess_rps)
 
 
-Job = RateJob | Challenge | ProbeJob | RetrainJob
-Answer = list[Trial] | Probe | Retraining | None
+Job = RateJob | Challenge | ProbeJob | RetrainJob | PacedJob
+Answer = list[Trial] | Probe | Retraining | Paced | None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

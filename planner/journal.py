@@ -17,7 +17,9 @@ from typing import Any, TextIO, get_args
 
 from engine.config import ServingConfig
 from engine.errors import UserError
+from planner import paced
 from planner.jobs import Answer, Job, Jobs
+from planner.paced import Paced
 from planner.probe import Probe
 from planner.retraining import Retraining
 from planner.trial import Trial
@@ -143,6 +145,8 @@ def encoded(answer: Answer) -> Any:
         return {"trials": [_trial_json(trial) for trial in answer]}
     if isinstance(answer, Probe):
         return {"probe": asdict(answer)}
+    if isinstance(answer, Paced):
+        return {"paced": paced.to_json(answer)}
     if isinstance(answer, Retraining):
         return {"retraining": asdict(answer) | {"config": answer.config.to_json()}}
     return {"nothing": True}
@@ -154,6 +158,8 @@ def decoded(data: Any) -> Answer:
         return [_trial(item) for item in data["trials"]]
     if "probe" in data:
         return Probe(**data["probe"])
+    if "paced" in data:
+        return paced.from_json(data["paced"])
     if "retraining" in data:
         given = data["retraining"]
         return Retraining(**given | {"config": ServingConfig.from_json(given["config"])})

@@ -160,11 +160,21 @@ class PlanOptions:
             raise UserError("--engine vllm takes neither --explain, --verify nor --cluster")
         if self.engine == "vllm" and self.objective == "pareto":
             raise UserError("--objective pareto is for --engine ours")
+        self._check_engine()
+
+    def _check_engine(self) -> None:
+        """Raise UserError for a flag that the other engine alone has: it would change nothing."""
+        ours = ("lora_sharding", *POLICIES, *ROUTING)
+        theirs = ("max_loras", "gpu_memory_utilization")
+        for name in ours if self.engine == "vllm" else theirs:
+            if getattr(self, name) != DEFAULTS[name]:
+                other = "ours" if self.engine == "vllm" else "vllm"
+                raise UserError(f"--{name.replace('_', '-')} is for --engine {other}")
 
     @property
     def kinds(self) -> tuple[str, ...]:
         """The kinds of GPU."""
-        return tuple(self.gpu.split(","))
+        return tuple(dict.fromkeys(self.gpu.split(",")))
 
     @property
     def default_slo(self) -> bool:
@@ -221,6 +231,7 @@ DEFAULTS: dict[str, str] = {
     "max_num_batched_tokens": shown(MAX_NUM_BATCHED_TOKENS),
     "lora_sharding": shown(LORA_SHARDINGS),
     "max_loras": shown(MAX_LORAS),
+    "gpu_memory_utilization": "0.9",
     **{name: shown(values) for name, values in (*POLICIES.items(), *ROUTING.items())},
 }
 

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from engine.config import ServingConfig
 from planner.headroom import Resource, first_to_break
-from planner.intervals import Prediction
 from planner.retraining import Retraining
 from planner.space import Infeasible
 from planner.trial import Trial
 from planner.workload import Piece
+from sim.intervals import Interval
 from traces.metrics import Slo
 
+_NUMBER = re.compile(r"\d+(\.\d+)?")
 Objective = Literal["goodput", "min-gpus", "pareto"]
 
 
@@ -31,7 +33,7 @@ class Choice:
     """
 
     config: ServingConfig
-    predicted: Mapping[str, Prediction]
+    predicted: Mapping[str, Interval]
     sustainable_rps: float
     judged_on: Piece
     predicted_on: Piece
@@ -116,6 +118,21 @@ class Plan:
         rows = [trial.to_json() for trial in self.trials]
         return rows + [setting.to_json() for setting in self.impossible]
 
+    @property
+    def why_not(self) -> str | None:
+        """Why nothing is recommended: the nearest miss and what binds; None where something is."""
+        if self.recommended is not None:
+            return None
+        near = self.nearest
+        if near is None:
+            # Settings that fail alike differ in their numbers: one of each kind is enough.
+            kinds = {_NUMBER.sub("", item.reason): item.reason for item in reversed(self.impossible)}
+            return f"no feasible configuration: {'; '.join(sorted(kinds.values())[:3])}"
+        return (
+            f"no feasible configuration within {self.gpus} GPUs: the nearest, TP {near.config.tp} × {near.config.replicas}, "
+            f"sustains {near.sustainable_rps:.2f} of {self.rate_rps:.2f} req/s; what binds: {near.misses}, {near.bottleneck}"
+        )
+
     def to_json(self) -> dict[str, Any]:
         """Return the JSON form."""
         slo = self.slo
@@ -123,6 +140,7 @@ class Plan:
             "recommended": _json(self.recommended),
             "fewest_gpus": _json(self.fewest_gpus),
             "nearest_miss": _json(self.nearest),
+            "why_not": self.why_not,
             "alternatives": [choice.to_json() for choice in self.alternatives],
             "objective": self.objective,
             "gpus": self.gpus,

@@ -110,16 +110,13 @@ def out_of_reach(trace: Trace, slo: Slo) -> Callable[[Progress], bool]:
 
 def _probe(result: SimResult, slo: Slo, scale: float, witness: Witness | None) -> Probe:
     latencies = _latencies(result.columns)
-    metrics = dict(result.metrics)
-    for name in ("ttft", "tpot", "e2e"):
-        metrics.setdefault(f"{name}_p{slo.percentile:g}_s", _percentile(latencies[name], slo.percentile))
     use = result.utilisation
     return Probe(
         scale=scale,
         wanted=slo.attainment,
         attainment=0.0 if result.aborted else float(result.metrics["slo_attainment"]),
         aborted=result.aborted,
-        metrics=metrics,
+        metrics=metrics_of(result, slo),
         missed=_missed(latencies, slo),
         bottleneck=result.bottleneck,
         kv_pages_max=use.kv_pages_max,
@@ -130,6 +127,15 @@ def _probe(result: SimResult, slo: Slo, scale: float, witness: Witness | None) -
         use=_use(result),
         by_adapter={} if witness is None else _by_adapter(result.columns, latencies, slo),
     )
+
+
+def metrics_of(result: SimResult, slo: Slo) -> dict[str, float]:
+    """Return a simulation's metrics, and latencies at the SLO's percentile."""
+    latencies = _latencies(result.columns)
+    metrics = dict(result.metrics)
+    for name in ("ttft", "tpot", "e2e"):
+        metrics.setdefault(f"{name}_p{slo.percentile:g}_s", _percentile(latencies[name], slo.percentile))
+    return metrics
 
 
 def _use(result: SimResult) -> dict[str, float]:

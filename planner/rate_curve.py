@@ -9,13 +9,14 @@ from typing import Any
 from engine.adapter import AdapterSpec
 from engine.config import ServingConfig
 from planner.bounds import bounds
-from planner.intervals import Prediction, error_of, predictions, rate, step_error
 from planner.jobs import ProbeJob, RateJob, Runner
+from planner.paced import Paced, PacedJob, StepErrors, predicted
 from planner.pricing import Pricing
 from planner.probe import Probe, Prober
 from planner.workers import Workers, cores
 from planner.workload import Workload
-from sim.costs import Provenance, costs_for
+from sim.costs import costs_for
+from sim.intervals import Interval
 from sim.profile import Profile
 from sim.simulate import simulate
 from traces import Trace
@@ -35,7 +36,7 @@ class RatePoint:
 
     rate_rps: float
     load: float
-    predicted: Mapping[str, Prediction]
+    predicted: Mapping[str, Interval]
     meets: bool
     extrapolated_share: float
 
@@ -58,7 +59,7 @@ class RateCurve:
     """
 
     trace_rps: float
-    knee: Prediction
+    knee: Interval
     points: tuple[RatePoint, ...]
 
     @property
@@ -115,9 +116,11 @@ def rate_curve(asked: Asked, *, workers: int | None = None, tell: Tell | None = 
         tell("simulating rates", done, len(work))
 
     tell("simulating rates", 0, len(work))
+    paces = [PacedJob(config=asked.config, scale=item.scale) for item in work]
     with Workers(Runner(prober), workers or cores()) as jobs:
         probes = [probe for probe in jobs.run(work, note) if isinstance(probe, Probe)]
-    return _curve(asked, rates, knee_rps, probes)
+        paced = [item for item in jobs.run(paces) if isinstance(item, Paced)]
+    return _curve(asked, rates, knee_rps, list(zip(probes, paced, strict=True)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,26 +148,21 @@ def _knee_rps(prober: Prober, config: ServingConfig) -> float:
     return 0.0 if one.reason(prober.slo) is not None else job.run(prober)[0].sustainable_rps
 
 
-def _curve(asked: Asked, rates: list[float], knee_rps: float, probes: list[Probe]) -> RateCurve:
-    error = step_error(costs_for(asked.profile, asked.config).report)
+def _curve(asked: Asked, rates: list[float], knee_rps: float, probes: list[tuple[Probe, Paced]]) -> RateCurve:
+    errors = StepErrors(report=costs_for(asked.profile, asked.config).report)
     points = []
-    for rps, probe in zip(rates, probes, strict=True):
-        load = rps / knee_rps if knee_rps else 1.0
-        share = 1.0 if probe.extrapolated_share is None else probe.extrapolated_share
-        provenance = probe.provenance or "extrapolated"
+    for rps, (probe, paced) in zip(rates, probes, strict=True):
         points.append(
             RatePoint(
                 rate_rps=rps,
-                load=load,
-                predicted=predictions(probe.metrics, provenance, error_of(error, share), load),
+                load=rps / knee_rps if knee_rps else 1.0,
+                predicted=predicted(probe, paced, errors, knee_rps),
                 meets=probe.meets,
-                extrapolated_share=share,
+                extrapolated_share=1.0 if probe.extrapolated_share is None else probe.extrapolated_share,
             )
         )
-    widest = max((point.extrapolated_share for point in points if point.load <= 1), default=1.0)
-    worst: Provenance = "extrapolated" if widest else "interpolated"
+    below = [point for point in points if point.load <= 1] or points
+    at_knee = max(below, key=lambda point: (point.extrapolated_share, point.load))
     return RateCurve(
-        trace_rps=asked.trace.rate_rps,
-        knee=rate(knee_rps, worst, error_of(error, widest)),
-        points=tuple(points),
+        trace_rps=asked.trace.rate_rps, knee=at_knee.predicted["sustainable_rps"], points=tuple(points)
     )

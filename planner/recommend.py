@@ -11,9 +11,9 @@ from engine.config import ServingConfig
 from planner import assumptions as said
 from planner.cluster import ClusterWorkers
 from planner.headroom import Resource, resources
-from planner.intervals import Prediction, error_of, predictions, rate, step_error
 from planner.jobs import Answer, Job, Jobs, Runner
 from planner.journal import Journal
+from planner.paced import Paced, PacedJob, StepErrors, predicted
 from planner.plan import Choice, Objective, Plan, RunnerUp
 from planner.pricing import Pricing
 from planner.probe import Prober, Simulate
@@ -23,6 +23,7 @@ from planner.trial import Trial, fewest_gpus
 from planner.workers import Workers, cores
 from planner.workload import Workload
 from sim.costs import costs_for
+from sim.intervals import Interval
 from sim.profile import Profile
 from sim.simulate import simulate as run_simulation
 from traces import Trace
@@ -92,11 +93,36 @@ def recommend(
             progress=progress,
             front=question.objective == "pareto",
         )
+        paced = at_paces(question, findings, jobs, progress)
     if not findings.trials and findings.interrupted:
         raise KeyboardInterrupt
     if not findings.trials and findings.timed_out:
         raise RuntimeError("time was up before any configuration was tried; give a longer --timeout-s")
-    return _plan(question, prober, findings)
+    return _plan(question, prober, findings, paced)
+
+
+def at_paces(
+    question: Question, findings: Findings, jobs: Jobs, progress: Progress | None = None
+) -> dict[ServingConfig, Paced]:
+    """Simulate what will be shown with faster and slower steps, as far as time, or Ctrl-C, allows."""
+    if findings.interrupted:
+        return {}
+    configs = list(dict.fromkeys(trial.config for trial in pick(question, findings).shown))
+    done = 0
+
+    def note() -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress("intervals", done, len(configs))
+
+    try:
+        answers = jobs.run([PacedJob(config=config) for config in configs], note)
+    except KeyboardInterrupt:
+        findings.interrupted = True
+        return {}
+    found = zip(configs, answers, strict=True)
+    return {config: answer for config, answer in found if isinstance(answer, Paced)}
 
 
 def _runner(
@@ -107,12 +133,14 @@ def _runner(
     return Workers(Runner(prober), workers or cores(), timeout_s)
 
 
-def _plan(question: Question, prober: Prober, findings: Findings) -> Plan:
+def _plan(
+    question: Question, prober: Prober, findings: Findings, paced: Mapping[ServingConfig, Paced]
+) -> Plan:
     """Choose among the findings."""
     rate_rps, picked = findings.rate_rps, pick(question, findings)
     best, fewest, nearest = picked.best, picked.fewest, picked.nearest
-    maker = Maker(question, prober, rate_rps)
-    error = maker.step_error(question.space.base)
+    maker = Maker(question, prober, paced)
+    errors = maker.step_errors(question.space.base)
     chosen = maker.choice(best)
     others = tuple(choice for trial in picked.others if (choice := maker.choice(trial)) is not None)
     return Plan(
@@ -125,7 +153,7 @@ def _plan(question: Question, prober: Prober, findings: Findings) -> Plan:
         nearest=maker.choice(nearest),
         alternatives=others,
         slo=question.slo,
-        assumptions=tuple(said.assumptions(question.trace, question.adapters, question.profile, error)),
+        assumptions=tuple(said.assumptions(question.trace, question.adapters, question.profile, errors)),
         warnings=tuple(
             said.warnings(
                 question.trace,
@@ -207,12 +235,15 @@ def runner_up(best: Choice, others: Sequence[Choice]) -> RunnerUp | None:
         takes.append(
             f"steps {ours.value / theirs.value - 1:.1%} faster than predicted, or those of the recommendation slower"
         )
-    if theirs.high >= ours.low and best.judged_on == second.judged_on:
+    overlap = theirs.high >= ours.low and ours.high >= theirs.low
+    if overlap and best.judged_on == second.judged_on:
         takes.append("a measurement: the intervals of the two rates overlap")
     if second.judged_on != best.judged_on:
         takes.append(f"a look at the whole trace: its rate is of the {second.judged_on} alone")
     if second.config.gpus < best.config.gpus:
         takes.append(f"fewer GPUs: it takes {second.config.gpus}, not {best.config.gpus}")
+    if second.config.gpus > best.config.gpus:
+        takes.append(f"GPUs to spare: it takes {second.config.gpus}, not {best.config.gpus}")
     for name, label in (("ttft_p95_s", "TTFT"), ("tpot_p95_s", "TPOT")):
         mine, its = best.predicted[name].value, second.predicted[name].value
         if its < 0.95 * mine:
@@ -227,16 +258,21 @@ def _missing(by_adapter: Mapping[str, float], wanted: float) -> dict[str, float]
 
 
 class Maker:
-    """Makes choices of trials. Another engine's differs in how far its steps are off, and in what its memory holds."""
+    """Makes choices of trials. Another engine's differs in how far its steps are off, and in what its memory holds.
 
-    def __init__(self, question: Question, prober: Prober, rate_rps: float) -> None:
+    paced: what is known already of configurations at several paces.
+    """
+
+    def __init__(
+        self, question: Question, prober: Prober, paced: Mapping[ServingConfig, Paced] | None = None
+    ) -> None:
         self._question = question
         self._prober = prober
-        self._rate_rps = rate_rps
+        self._paced = paced or {}
 
-    def step_error(self, config: ServingConfig) -> float:
-        """Return how far off the steps of a configuration are, relative."""
-        return step_error(costs_for(self._question.profile, config).report)
+    def step_errors(self, config: ServingConfig) -> StepErrors:
+        """Return how far off the steps of a configuration are."""
+        return StepErrors(report=costs_for(self._question.profile, config).report)
 
     def choice(self, trial: Trial | None) -> Choice | None:
         """Return what is predicted of a trial's configuration."""
@@ -278,15 +314,11 @@ class Maker:
             return None
         return price * trial.config.gpus / 3600 / (trial.sustainable_rps * tokens) * 1e6
 
-    def _predicted(self, trial: Trial) -> dict[str, Prediction]:
+    def _predicted(self, trial: Trial) -> dict[str, Interval]:
         probe = trial.at_rate
         assert probe is not None
-        provenance = probe.provenance or "extrapolated"
-        load = self._rate_rps / trial.sustainable_rps if trial.sustainable_rps > 0 else 1.0
-        share = 1.0 if probe.extrapolated_share is None else probe.extrapolated_share
-        error = error_of(self.step_error(trial.config), share)
-        values = predictions(probe.metrics, provenance, error, load)
-        return values | {"sustainable_rps": rate(trial.sustainable_rps, provenance, error)}
+        paced = self._paced.get(trial.config) or PacedJob(config=trial.config).run(self._prober)
+        return predicted(probe, paced, self.step_errors(trial.config), trial.sustainable_rps)
 
     def memory(self, trial: Trial) -> dict[str, int]:
         """Return what one GPU's memory holds at its fullest; it adds up to the whole."""

@@ -14,10 +14,10 @@ from rich.table import Table
 from rich.text import Text
 
 from engine.config import ServingConfig
-from planner.intervals import Prediction
 from planner.plan import Choice, Plan
 from planner.space import POLICIES, ROUTING
 from planner.workload import STRETCH_REQUESTS, WINDOW_REQUESTS
+from sim.intervals import Interval
 from traces.metrics import Slo
 
 WIDTH = (100, 120)  # of the text: a terminal's own within this
@@ -40,13 +40,19 @@ def print_plan(plan: Plan, commands: Commands | None) -> None:
     console.print(f"{plan.requests:,} requests at {plan.rate_rps:.2f} req/s, at most {plan.gpus} GPUs")
     console.print(f"SLO: {slo_text(plan.slo)}")
     console.print()
-    console.print(_table(plan))
+    if plan.why_not is not None:
+        console.print(Text(textwrap.fill(f"{plan.why_not[:1].upper()}{plan.why_not[1:]}.", width)))
+        console.print()
+    if _named(plan) or plan.alternatives:
+        console.print(_table(plan))
     for choice, name in _named(plan):
         console.print(Text(textwrap.fill(_sentence(choice, name), width, subsequent_indent="  ")))
     if any(choice.predicted_on != "trace" for choice in plan.alternatives):
         console.print(
             f"* latencies of the busiest {WINDOW_REQUESTS:,} requests; rates of these or of the busiest {STRETCH_REQUESTS:,}"
         )
+    if _is_fewest(plan):
+        console.print("No configuration with fewer GPUs meets the SLO at the trace's rate.")
     for line in [] if plan.recommended is None else choice_lines(plan.recommended):
         console.print(Text(textwrap.fill(line, width, subsequent_indent="  ")))
     if plan.runner_up is not None:
@@ -93,22 +99,41 @@ def choice_lines(choice: Choice) -> list[str]:
 
 
 def print_kinds(plans: Mapping[str, Plan]) -> None:
-    """Print plans for several kinds of GPU: a line each, then the plans."""
-    print("kind        GPUs  sustains   $/hour  $/M tokens")
+    """Print plans for several kinds of GPU: a line each, which is ahead in what, then the plans."""
+    print(f"{'kind':<10}{'GPUs':>5}{'sustains':>10}{'fewest':>8}{'$/hour':>9}{'$/M tokens':>12}  rests on")
     for kind, plan in plans.items():
-        best = plan.recommended
+        best, fewest = plan.recommended, plan.fewest_gpus
         if best is None:
-            print(f"{kind:<11} no feasible configuration")
+            print(f"{kind:<10}{plan.why_not}")
             continue
-        cost = "–" if best.cost_usd_per_hour is None else f"{best.cost_usd_per_hour:g}"
-        tokens = best.cost_usd_per_million_tokens
+        hour, tokens = best.cost_usd_per_hour, best.cost_usd_per_million_tokens
         print(
-            f"{kind:<11}{best.config.gpus:>5}{best.sustainable_rps:>8.1f}/s{cost:>9}"
-            f"{'–' if tokens is None else f'{tokens:.3f}':>12}"
+            f"{kind:<10}{best.config.gpus:>5}{best.sustainable_rps:>8.1f}/s{'–' if fewest is None else fewest.config.gpus:>8}"
+            f"{'–' if hour is None else f'{hour:g}':>9}{'–' if tokens is None else f'{tokens:.3f}':>12}"
+            f"  {best.predicted['sustainable_rps'].provenance} costs"
         )
+    for line in _ahead(plans):
+        print(line)
     for kind, plan in plans.items():
         print(f"\n=== {kind}")
         print_plan(plan, None)
+
+
+def _ahead(plans: Mapping[str, Plan]) -> list[str]:
+    """Say which kind of GPU sustains most, and which costs least, where that is known of more than one."""
+    found = {kind: plan.recommended for kind, plan in plans.items() if plan.recommended is not None}
+    costs = {
+        kind: choice.cost_usd_per_million_tokens
+        for kind, choice in found.items()
+        if choice.cost_usd_per_million_tokens is not None
+    }
+    lines = []
+    if len(found) > 1:
+        most = max(found, key=lambda kind: found[kind].sustainable_rps)
+        lines.append(f"highest rate: {most}")
+    if len(costs) > 1:
+        lines.append(f"cheapest per token: {min(costs, key=lambda kind: costs[kind])}")
+    return lines
 
 
 def _shape(config: ServingConfig) -> str:
@@ -175,12 +200,15 @@ def _table(plan: Plan) -> Table:
 
 
 def _named(plan: Plan) -> list[tuple[Choice, str]]:
-    named = [
-        (plan.recommended, "recommended"),
-        (plan.fewest_gpus, "fewest GPUs"),
-        (plan.nearest, "nearest miss"),
-    ]
+    fewest = None if _is_fewest(plan) else plan.fewest_gpus
+    named = [(plan.recommended, "recommended"), (fewest, "fewest GPUs"), (plan.nearest, "nearest miss")]
     return [(choice, name) for choice, name in named if choice is not None]
+
+
+def _is_fewest(plan: Plan) -> bool:
+    """Whether the recommendation is the plan with the fewest GPUs too: it is shown once."""
+    best, fewest = plan.recommended, plan.fewest_gpus
+    return best is not None and fewest is not None and best.config == fewest.config
 
 
 def _cells(choice: Choice, p: str) -> list[str]:
@@ -215,7 +243,7 @@ def _sentence(choice: Choice, name: str) -> str:
     return said[0].upper() + said[1:] + "."
 
 
-def _range(value: Prediction) -> str:
+def _range(value: Interval) -> str:
     return f"{_ms(value.value)} ({_ms(value.low)} to {_ms(value.high)})"
 
 

@@ -8,7 +8,8 @@
 5. *Trace*: the highest rate of the best, and of the second if it is close, on the whole trace.
 6. *Fewest GPUs*: shapes in the order of their GPUs, from those that could just do it, on the whole trace at the
    rate that is asked for, until one meets the SLO.
-7. What is to be shown is simulated once more at the rate that is asked for; what was not judged on the
+7. *Turning away*: only where nobody does it by serving every request, a scheduler that refuses who would be late.
+8. What is to be shown is simulated once more at the rate that is asked for; what was not judged on the
    whole trace, only on the busiest WINDOW_REQUESTS.
 
 Jobs of one stage are independent, and each stage follows from the answers of the last: so the outcome does not
@@ -30,7 +31,7 @@ from planner.ledger import Findings, Ledger, Progress
 from planner.narrow import Group, Narrowing, group_of
 from planner.probe import Prober
 from planner.retraining import Change, Retraining
-from planner.space import Infeasible, Space, choices, settings
+from planner.space import Infeasible, Space, choices, serving_all, settings
 from planner.trial import TIE, Trial, fewest_gpus, most_rate, order
 from planner.variants import Variants
 from planner.workload import Piece
@@ -105,6 +106,7 @@ class Search:
         self.routing()
         self.whole_trace()
         self.fewest_gpus()
+        self.turning_away()
         if front:
             self.front()
         self.at_rate(show)
@@ -116,7 +118,7 @@ class Search:
         adapters = self._prober.adapters
         possible, impossible = self._make_settings(self._space, adapters)
         self.findings.impossible += impossible
-        policies = choices(self._space.policies, adapters)
+        policies = choices(serving_all(self._space.policies), adapters)
         plain = {name: values[0] for name, values in policies.items()}
         possible = [self._variants.vary(config, **plain) for config in possible]
         narrowing = Narrowing(self._ledger, self._variants, policies)
@@ -181,10 +183,19 @@ class Search:
         rivals = [trial.config for trial in ranked[1:FINALISTS] if trial.sustainable_rps >= least_rps]
         self._challenge("the whole trace", rivals, "trace")
 
-    def fewest_gpus(self) -> None:
-        """Find the fewest GPUs that meet the SLO at the rate that is asked for."""
+    def turning_away(self) -> None:
+        """Where nobody meets the SLO at the rate asked for by serving all, try who turns away requests, if the space has it."""
+        tried = serving_all(self._space.policies).get("scheduler", ())
+        for scheduler in self._space.policies.get("scheduler", ()):
+            if scheduler not in tried and self.findings.fewest is None:
+                self.fewest_gpus({"scheduler": scheduler})
+
+    def fewest_gpus(self, change: Mapping[str, Any] | None = None) -> None:
+        """Find the fewest GPUs that meet the SLO at the rate that is asked for. change: of every shape's policies."""
         for group in self._by_gpus():
             configs = [self._config(shape) for shape in group]
+            if change:
+                configs = [found for config in configs for found in self._varied(config, [change])]
             if self._routing:
                 several = [config for config in configs if config.replicas > 1]
                 configs += [found for config in several for found in self._varied(config, [self._routing])]

@@ -37,6 +37,7 @@ ROUTING: Values = {
     "router": ("least_loaded", "round_robin", "adapter_affinity"),
     "placement": ("everywhere", "partitioned", "hot_replicated"),
 }
+REFUSING = {"scheduler": ("slo",)}  # policies that serve some by giving others nothing
 _OF_ADAPTERS = ("max_adapters_per_step", "merge", "placement")  # nothing to choose where there are none
 
 
@@ -182,6 +183,19 @@ def choices(values: Values, adapters: Mapping[str, AdapterSpec]) -> dict[str, tu
             wanted = wanted[:1]
         kept[name] = wanted
     return kept
+
+
+def serving_all(values: Values) -> dict[str, tuple[Any, ...]]:
+    """Return the values without those that turn requests away, where there are others."""
+    return {
+        name: tuple(value for value in given if value not in REFUSING.get(name, ())) or tuple(given)
+        for name, given in values.items()
+    }
+
+
+def turns_away(config: ServingConfig) -> bool:
+    """Whether a configuration turns away requests that would be late."""
+    return any(getattr(config, name) in values for name, values in REFUSING.items())
 
 
 def oddity(config: ServingConfig) -> int:

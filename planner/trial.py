@@ -9,7 +9,7 @@ from typing import Any
 from engine.config import ServingConfig
 from planner.probe import Probe
 from planner.rate import RateRange
-from planner.space import POLICIES, ROUTING, oddity
+from planner.space import POLICIES, ROUTING, oddity, turns_away
 from planner.workload import PIECES, Piece
 
 TIE = 0.01  # rates within 1 % are equal
@@ -107,12 +107,15 @@ class Trial:
 
 
 def most_rate(trials: list[Trial]) -> list[Trial]:
-    """Return them best first: by sustainable rate; the first tie (within TIE) to fewer GPUs, then to the plainer policies."""
-    ranked = sorted(trials, key=lambda trial: (-trial.sustainable_rps, order(trial.config)))
+    """Return them best first: by sustainable rate; the first tie (within TIE) to fewer GPUs, then to the plainer policies.
+
+    Who turns requests away comes behind all that serve every one and sustain some rate.
+    """
+    ranked = sorted(trials, key=lambda trial: (_tier(trial), -trial.sustainable_rps, order(trial.config)))
     if not ranked:
         return []
     least_rps = ranked[0].sustainable_rps * (1 - TIE)
-    tied = [trial for trial in ranked if trial.sustainable_rps >= least_rps]
+    tied = [t for t in ranked if t.sustainable_rps >= least_rps and _tier(t) == _tier(ranked[0])]
     best = min(
         tied,
         key=lambda trial: (
@@ -126,8 +129,20 @@ def most_rate(trials: list[Trial]) -> list[Trial]:
 
 
 def fewest_gpus(trials: list[Trial]) -> list[Trial]:
-    """Return them best first: by GPUs, then by sustainable rate."""
-    return sorted(trials, key=lambda trial: (trial.config.gpus, -trial.sustainable_rps, order(trial.config)))
+    """Return them best first: who serves all, by GPUs, then by sustainable rate."""
+    return sorted(
+        trials,
+        key=lambda trial: (
+            turns_away(trial.config),
+            trial.config.gpus,
+            -trial.sustainable_rps,
+            order(trial.config),
+        ),
+    )
+
+
+def _tier(trial: Trial) -> int:
+    return 2 if not trial.sustainable_rps else int(turns_away(trial.config))
 
 
 def order(config: ServingConfig) -> tuple[Any, ...]:

@@ -12,10 +12,11 @@ from rich.console import Console
 
 from engine.adapter import adapters_of_trace
 from engine.config import ServingConfig
-from planner.intervals import Prediction, error_of, predictions, step_error
+from planner.paced import PacedJob, StepErrors, predicted
 from planner.pricing import Pricing
 from planner.probe import Prober
-from planner.workload import Workload
+from planner.workload import WINDOW_REQUESTS, Workload, busiest
+from sim.intervals import Interval
 from sim.profile import find_profile, load_profile
 from sim.records import RecordedRun, recorded_run
 from sim.simulate import simulate
@@ -35,7 +36,7 @@ class VerifiedMetric:
 
     name: str
     measured: float
-    predicted: Prediction
+    predicted: Interval
 
     @property
     def within(self) -> bool:
@@ -96,17 +97,18 @@ def verify(path: Path, config_path: Path | None, profile_path: Path | None) -> V
 def compare(run: RecordedRun, config: ServingConfig, price: Pricing) -> Verification:
     """Predict a run's requests under a configuration and compare."""
     adapters = adapters_of_trace(run.trace.adapters, run.adapters or None)
-    prober = Prober(
-        workload=Workload.of(run.trace), slo=Slo(), adapters=adapters, price=price, simulate=simulate
-    )
+    trace = run.trace
+    # Not Workload.of: requests that all come at one instant can be verified, though not planned for.
+    workload = Workload(screen=trace, window=busiest(trace, WINDOW_REQUESTS), stretch=trace, trace=trace)
+    prober = Prober(workload=workload, slo=Slo(), adapters=adapters, price=price, simulate=simulate)
     probe = prober(config, "trace", 1.0, watch=True)
     costs = price(config)
     load = run.load
     if load is None:
-        load = run.trace.rate_rps / saturated_rps(run.trace, config, costs, adapters)
-    share = 1.0 if probe.extrapolated_share is None else probe.extrapolated_share
-    width = error_of(step_error(costs.report), share)
-    told = predictions(probe.metrics, probe.provenance or "extrapolated", width, load)
+        load = (
+            trace.rate_rps / saturated_rps(trace, config, costs, adapters) if trace.rate_rps else float("inf")
+        )
+    told = predicted(probe, PacedJob(config=config).run(prober), StepErrors(report=costs.report), 0.0)
     rows = [
         VerifiedMetric(name=name, measured=float(run.measured[name]), predicted=told[name])
         for name in METRICS

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
 from engine.config import ServingConfig
 from planner.headroom import Resource
 from planner.jobs import Runner
+from planner.paced import Paced, StepErrors
 from planner.plan import Plan
 from planner.probe import Prober
-from planner.recommend import Maker, Question, pick
+from planner.recommend import Maker, Question, at_paces, pick
 from planner.search import Findings, Progress, search
 from planner.trial import Trial
 from planner.vllm import VllmEngine, VllmSpace, vllm_flags
 from planner.workers import Workers, cores
 from planner.workload import Workload
+
+NORMAL_90 = 1.645  # standard deviations within which nine of ten lie
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +58,8 @@ def recommend_vllm(
         )
         if not findings.trials and jobs.timed_out:
             raise RuntimeError("time was up before any configuration was tried; give a longer --timeout-s")
-    plan = _plan(question, engine, prober, findings)
+        paced = at_paces(question, findings, jobs, progress)
+    plan = _plan(question, engine, prober, findings, paced)
     chosen = {"recommended": plan.recommended, "fewest_gpus": plan.fewest_gpus}
     exports = {
         name: " ".join(vllm_flags(choice.config, question.specs))
@@ -64,10 +69,16 @@ def recommend_vllm(
     return VllmPlan(plan, exports)
 
 
-def _plan(question: Question, engine: VllmEngine, prober: Prober, findings: Findings) -> Plan:
+def _plan(
+    question: Question,
+    engine: VllmEngine,
+    prober: Prober,
+    findings: Findings,
+    paced: Mapping[ServingConfig, Paced],
+) -> Plan:
     picked = pick(question, findings)
     best, fewest, nearest = picked.best, picked.fewest, picked.nearest
-    maker = _Maker(question, engine, prober, findings.rate_rps)
+    maker = _Maker(question, engine, prober, paced)
     base = question.space.base
     return Plan(
         objective=question.objective,
@@ -98,13 +109,15 @@ def _plan(question: Question, engine: VllmEngine, prober: Prober, findings: Find
 class _Maker(Maker):
     """Makes choices of trials with vLLM."""
 
-    def __init__(self, question: Question, engine: VllmEngine, prober: Prober, rate_rps: float) -> None:
-        super().__init__(question, prober, rate_rps)
+    def __init__(
+        self, question: Question, engine: VllmEngine, prober: Prober, paced: Mapping[ServingConfig, Paced]
+    ) -> None:
+        super().__init__(question, prober, paced)
         self._engine = engine
 
-    def step_error(self, config: ServingConfig) -> float:
+    def step_errors(self, config: ServingConfig) -> StepErrors:
         """As of Maker."""
-        return self._engine.step_error(config)
+        return StepErrors(report=None, sd=self._engine.step_error(config) / NORMAL_90)
 
     def resources(self, trial: Trial) -> list[Resource]:
         """As of Maker: what our engine's resources are is not told of vLLM."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from multiprocessing.context import BaseContext
 from types import TracebackType
 from typing import Any, Generic, TypeVar
+
+from planner.deadline import Deadline
 
 Job = TypeVar("Job")
 Answer = TypeVar("Answer")
@@ -39,7 +40,7 @@ class Workers(Generic[Job, Answer]):
     def __init__(self, work: Callable[[Job], Answer], count: int, timeout_s: float | None = None) -> None:
         self._work = work
         self._count = count
-        self._ends_at_s = None if timeout_s is None else time.monotonic() + timeout_s
+        self._deadline = Deadline(timeout_s)
         self._pool: ProcessPoolExecutor | None = None
 
     def __enter__(self) -> Workers[Job, Answer]:
@@ -53,7 +54,7 @@ class Workers(Generic[Job, Answer]):
     @property
     def timed_out(self) -> bool:
         """Whether time is up."""
-        return self._ends_at_s is not None and time.monotonic() >= self._ends_at_s
+        return self._deadline.passed
 
     def run(
         self,
@@ -73,8 +74,7 @@ class Workers(Generic[Job, Answer]):
         places = {future: index for index, future in enumerate(futures)}
         pending: set[Future[Answer]] = set(futures)
         while pending and not self.timed_out:
-            left_s = None if self._ends_at_s is None else max(0.0, self._ends_at_s - time.monotonic())
-            done, pending = wait(pending, timeout=left_s, return_when="FIRST_COMPLETED")
+            done, pending = wait(pending, timeout=self._deadline.left_s, return_when="FIRST_COMPLETED")
             for future in done:
                 on_answer(places[future], future.result())  # raises what the job raised
                 on_done()

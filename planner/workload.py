@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -10,10 +11,10 @@ import numpy as np
 from engine.errors import UserError
 from engine.model_shape import ModelShape
 from traces import Trace
+from traces.columns import BlockColumn, Blocks
 
 Piece = Literal["screen", "window", "stretch", "trace"]
 PIECES: tuple[Piece, ...] = get_args(Piece)  # ever longer
-Blocks = tuple[tuple[int, ...] | None, ...] | None
 
 SCREEN_REQUESTS = 300  # enough to tell a setting that is half as good
 WINDOW_REQUESTS = 800  # a minute at the highest rate of a replica with one GPU: longer than a request stays
@@ -100,7 +101,7 @@ def repeated(trace: Trace, times: int) -> Trace:
     shifts_s = np.repeat(np.arange(times) * period_s, count)
     columns = replace(
         columns,
-        ids=tuple(range(count * times)),
+        ids=range(count * times),
         arrival_s=columns.arrival_s + shifts_s,
         raw_arrival_s=None,
         prefix_blocks=_apart(columns.prefix_blocks, count),
@@ -108,13 +109,13 @@ def repeated(trace: Trace, times: int) -> Trace:
     return Trace.from_columns(columns, trace.name)
 
 
-def _apart(blocks: Blocks, count: int) -> Blocks:
+def _apart(blocks: Sequence[Blocks | None] | None, count: int) -> BlockColumn | None:
     """Number the blocks of each further copy of `count` rows anew."""
     if blocks is None:
         return None
     most = 1 + max((block for row in blocks[:count] for block in row or ()), default=0)
-    return tuple(
-        None if row is None else tuple(block + number // count * most for block in row)
+    return BlockColumn(
+        None if row is None else [block + number // count * most for block in row]
         for number, row in enumerate(blocks)
     )
 

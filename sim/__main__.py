@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from engine import compiled
 from engine.adapter import adapters_of_trace, load_adapters
 from engine.blueprint import blueprint
 from engine.config import ServingConfig
@@ -154,7 +155,7 @@ def bench_command(
     """Measure the simulator's own speed at 10 %, 75 % and saturated load."""
     config = ServingConfig()
     rows = list(bench(requests, config, _costs(profile)(config)))
-    _print(form, {"rows": rows}, lambda: bench_lines(rows))
+    _print(form, {"rows": rows, "modules": compiled.state()}, lambda: bench_lines(rows, compiled.state()))
 
 
 @app.command()

@@ -64,20 +64,30 @@ class Additive:
     def many(self, features: Floats) -> Floats:
         """Return the values at rows of features."""
         total = np.full(len(features), self.constant)
-        for ramp in self.ramps:
-            total += ramp.slope * (np.clip(features[:, ramp.index], ramp.low, ramp.high) - ramp.low)
+        for ramp, covered in zip(self.ramps, _covered(features, self.ramps).T, strict=True):
+            total += ramp.slope * covered
         return total
+
+
+def _covered(features: Floats, ramps: Sequence[Ramp]) -> Floats:
+    """Return how far each row's features are up each ramp, its slope left out: one column a ramp."""
+    low = np.array([ramp.low for ramp in ramps])
+    covered: Floats = features[:, [ramp.index for ramp in ramps]]
+    covered = covered.clip(low, [ramp.high for ramp in ramps])
+    beyond: Floats = covered - low
+    return beyond
 
 
 def fit_additive(features: Floats, y: Floats, ramps: Sequence[Ramp]) -> Additive:
     """Fit by nonnegative least squares on relative errors; ramps that get no slope are left out."""
-    columns = [np.ones(len(y))]
-    columns += [np.clip(features[:, ramp.index], ramp.low, ramp.high) - ramp.low for ramp in ramps]
-    matrix = np.stack(columns, axis=1) / y[:, None]
-    scale = np.where(matrix.max(axis=0) > 0, matrix.max(axis=0), 1.0)
+    matrix = np.ones((len(y), len(ramps) + 1))
+    matrix[:, 1:] = _covered(features, ramps)
+    matrix /= y[:, None]
+    largest = matrix.max(axis=0)
+    scale = np.where(largest > 0, largest, 1.0)
     weights, _ = nnls(matrix / scale, np.ones(len(y)))
     weights = weights / scale
-    kept = [(ramp, float(slope)) for ramp, slope in zip(ramps, weights[1:], strict=True) if slope > 0]
+    kept = [(ramp, slope) for ramp, slope in zip(ramps, weights[1:].tolist(), strict=True) if slope > 0]
     return Additive(
         float(weights[0]), tuple(Ramp(ramp.index, ramp.low, ramp.high, slope) for ramp, slope in kept)
     )

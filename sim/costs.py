@@ -9,7 +9,6 @@ by a factor ≥ 0.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -30,6 +29,7 @@ from sim.parallel import ParallelSteps, covered, measured_shapes, nearest, with_
 from sim.price import Price
 from sim.profile import Profile
 from sim.segment import DecodeRun
+from sim.setting import Setting
 
 Floats = NDArray[np.float64]
 LoraPrice = Callable[[int, int, int, int, int], float]
@@ -37,24 +37,6 @@ Provenance = Literal["measured", "interpolated", "extrapolated"]
 
 DEFAULT_MAX_NUM_SEQS = ServingConfig().max_num_seqs
 MEASURED_BACKEND = "triton"  # profiles are of the GPU's kernels
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Setting:
-    """What composes a step's cost beside its shape.
-
-    sample_rows: most rows whose next token is computed in a step: the engine computes min(padded tokens,
-    max_num_seqs) of them. exchange, collectives: what LoRA exchanges between the GPUs, and by what. gpu: another
-    kind than the profiled one, by whose specification operators are scaled.
-    """
-
-    tp: int
-    model: ModelShape
-    graph_max_tokens: int
-    sample_rows: int
-    exchange: Exchange = "local"
-    collectives: str = "fast"
-    gpu: str | None = None
 
 
 class StepCosts:
@@ -103,7 +85,7 @@ class StepCosts:
         self._exchange_s = None if setting.exchange == "local" else self._lora_exchange_s
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return StepCosts, (self.profile, self.setting)
+        return _composed, (self.profile, self.setting)
 
     # ---- what the simulation asks ----
 
@@ -285,6 +267,12 @@ def fit_costs(
         collectives=collectives,
         gpu=None if gpu is None or gpu_spec(gpu).name == profile.gpu.lower() else gpu,
     )
+    return _composed(profile, setting)
+
+
+@lru_cache(maxsize=64)
+def _composed(profile: Profile, setting: Setting) -> StepCosts:
+    """Return one object a setting: what it has priced, it keeps."""
     return StepCosts(profile, setting)
 
 

@@ -104,25 +104,46 @@ def fit_limits(features: Floats, y: Floats, count: int) -> Envelope:
     rng = np.random.default_rng(0)
     logs = np.log1p(features)
     logs = (logs - logs.mean(axis=0)) / (logs.std(axis=0) + 1e-9)
-    lines = straight_lines(features)
-    best = Envelope((fit_additive(features, y, lines),))
+    best = Envelope((fit_additive(features, y, straight_lines(features)),))
     least = _error(best.many(features), y)
+    turns: dict[bytes, _Turn | None] = {}  # guesses soon come to the same rows
     for _ in range(STARTS if len(y) > count else 0):
         centres = logs[rng.choice(len(y), count, replace=False)]
         ruler = ((logs[:, None] - centres[None]) ** 2).sum(axis=-1).argmin(axis=1)
         for _ in range(TURNS):
-            ruled = [ruler == index for index in range(count) if (ruler == index).sum() > features.shape[1]]
-            if not ruled:
+            state = ruler.tobytes()
+            if state not in turns:
+                turns[state] = _turn(features, y, ruler, count)
+            turn = turns[state]
+            if turn is None:
                 break
-            limits = [fit_additive(features[rows], y[rows], lines) for rows in ruled]
-            values = np.array([limit.many(features) for limit in limits])
-            error = _error(values.max(axis=0), y)
-            if error < least:
-                best, least = Envelope(tuple(limits)), error
-            if (values.argmax(axis=0) == ruler).all():
+            if turn.error < least:
+                best, least = turn.model, turn.error
+            if (turn.ruler == ruler).all():
                 break
-            ruler = values.argmax(axis=0)
+            ruler = turn.ruler
     return best
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Turn:
+    """Limits fitted to the rows that each ruled, and which limit rules each row then."""
+
+    model: Envelope
+    error: float
+    ruler: NDArray[np.intp]
+
+
+def _turn(features: Floats, y: Floats, ruler: NDArray[np.intp], count: int) -> _Turn | None:
+    """Fit a limit to the rows of each that rules enough of them; None where none does."""
+    rules = (ruler == index for index in range(count))
+    ruled = [rows for rows in rules if np.count_nonzero(rows) > features.shape[1]]
+    if not ruled:
+        return None
+    lines = straight_lines(features)
+    model = Envelope(tuple(fit_additive(features[rows], y[rows], lines) for rows in ruled))
+    values = np.array([limit.many(features) for limit in model.limits])
+    return _Turn(model, _error(values.max(axis=0), y), values.argmax(axis=0))
 
 
 def _error(predicted: Floats, y: Floats) -> float:

@@ -12,7 +12,7 @@ interpolated between. `stretch` widens an interval by a factor in the logarithm,
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, exp, isfinite, log
 from typing import Any
 
@@ -24,7 +24,9 @@ from engine.config import ServingConfig
 from engine.step import StepShape
 from sim.agreement import kind_of
 from sim.costs import Provenance, StepCosts
+from sim.fit import FitReport
 from sim.observe import StepRow
+from sim.replica import StepTimes
 from sim.result import plain
 from sim.scenario import Scenario
 from sim.segment import DecodeRun
@@ -41,6 +43,7 @@ EXTRAPOLATED_FACTOR, EXTRAPOLATED_SD = 3.0, 0.15 / 1.645
 UNKNOWN_SD = 0.15 / 1.645  # of a profile without whole steps
 LEAST = 0.002  # half-width: a record's own resolution
 FAMILIES = ("throughput", "ttft", "tpot", "e2e")
+SHARES = ("slo_attainment", "adapter_hit_rate", "prefix_hit_rate")  # at most 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +62,14 @@ class Interval:
         below = max(LEAST, factor * log(self.value / self.low))
         above = max(LEAST, factor * log(self.high / self.value))
         return Interval(self.value, self.value * exp(-below), self.value * exp(above), self.provenance)
+
+    def moved_to(self, name: str, value: float) -> Interval:
+        """Return the interval of a metric around another value: a share's as far in what is missing of 1, others' by the same factors."""
+        if name in SHARES:
+            low, high = value + self.low - self.value, min(1.0, value + self.high - self.value)
+            return Interval(value, max(0.0, min(low, value)), max(high, value), self.provenance)
+        factor = value / self.value if self.value else 1.0
+        return Interval(value, self.low * factor, self.high * factor, self.provenance)
 
     def holds(self, measured: float) -> bool:
         """Return whether a measurement lies in it."""
@@ -79,7 +90,7 @@ class Interval:
 class PacedSteps:
     """A cost model whose steps all take `factor` times as long; the host and loads do not."""
 
-    def __init__(self, costs: StepCosts, factor: float) -> None:
+    def __init__(self, costs: StepTimes, factor: float) -> None:
         self._costs = costs
         self._factor = factor
         self.host_s = costs.host_s
@@ -127,17 +138,25 @@ def intervals(
     looked_at = steps[:: max(1, len(steps) // LOOKED_AT)]
     kinds = [costs.provenance(row.shape) for row in looked_at]
     outside = kinds.count("extrapolated") / max(1, len(kinds))
-    paces = _paces(costs, steps, outside, np.random.default_rng(seed))
+    drawn = draw_paces(costs.report, _time_shares(steps), outside, np.random.default_rng(seed))
     provenance: Provenance = (
         "extrapolated" if outside > 0.1 else "measured" if set(kinds) == {"measured"} else "interpolated"
     )
     known = stretch or {}
     return {
-        name: _interval([values[pace][name] for pace in PACES], paces, provenance).stretched(
-            known.get(family_of(name), 1.0)
+        name: capped(
+            name,
+            interval_of(PACES, [values[pace][name] for pace in PACES], drawn, provenance).stretched(
+                known.get(family_of(name), 1.0)
+            ),
         )
         for name in names
     }
+
+
+def capped(name: str, interval: Interval) -> Interval:
+    """Return the interval of a metric, a share's at most 1."""
+    return replace(interval, high=min(1.0, interval.high)) if name in SHARES else interval
 
 
 def family_of(metric: str) -> str:
@@ -146,40 +165,65 @@ def family_of(metric: str) -> str:
     return name if name in FAMILIES else "throughput"
 
 
-def _paces(costs: StepCosts, steps: Sequence[StepRow], outside: float, rng: np.random.Generator) -> Floats:
-    """Draw how much longer the steps of a run may take than they are predicted to."""
-    errors = np.zeros(DRAWS)
-    report = costs.report
-    residuals = {False: [], True: []}  # type: dict[bool, list[float]]
-    for shape, error in zip(report.step_shapes, report.step_errors.tolist(), strict=True):
-        if isfinite(error):
-            residuals[kind_of(shape.decode_rows, shape.prefill_chunks) == "decode"].append(error)
-    everything = residuals[False] + residuals[True]
+def _time_shares(steps: Sequence[StepRow]) -> dict[bool, float]:
+    """Return the share of the time in steps with prompts (False) and of decodes alone (True)."""
     time_s = {False: 0.0, True: 0.0}
     for row in steps:
         time_s[not row.shape.prefill_chunks] += row.duration_s
     total_s = sum(time_s.values()) or 1.0
+    return {decode: seconds / total_s for decode, seconds in time_s.items()}
+
+
+def draw_paces(
+    report: FitReport | None,
+    time_shares: Mapping[bool, float],
+    outside: float,
+    rng: np.random.Generator,
+    *,
+    unknown_sd: float = UNKNOWN_SD,
+) -> Floats:
+    """Draw how much longer the steps of a run may take than they are predicted to.
+
+    report: of the fit, with its held-out errors; None: none are known. time_shares: of steps with prompts (False) and decodes alone (True).
+    outside: share of the steps beyond what was measured. unknown_sd: relative, of errors where none are known.
+    """
+    errors = np.zeros(DRAWS)
+    residuals = {False: [], True: []}  # type: dict[bool, list[float]]
+    if report is not None:
+        for shape, error in zip(report.step_shapes, report.step_errors.tolist(), strict=True):
+            if isfinite(error):
+                residuals[kind_of(shape.decode_rows, shape.prefill_chunks) == "decode"].append(error)
+    everything = residuals[False] + residuals[True]
     for decode in (False, True):
         known = residuals[decode] or everything
-        drawn = rng.choice(known, DRAWS) if known else rng.normal(0, UNKNOWN_SD, DRAWS)
-        errors += time_s[decode] / total_s * drawn
+        drawn = rng.choice(known, DRAWS) if known else rng.normal(0, unknown_sd, DRAWS)
+        errors += time_shares[decode] * drawn
     errors *= 1 + (EXTRAPOLATED_FACTOR - 1) * outside
     errors += outside * rng.normal(0, EXTRAPOLATED_SD, DRAWS)
     # An error says predicted / measured − 1, so what is measured takes 1 / (1 + error) times the prediction.
     return 1 / np.maximum(0.2, 1 + errors)
 
 
-def _interval(at_paces: Sequence[float], paces: Floats, provenance: Provenance) -> Interval:
-    value = at_paces[PACES.index(1.0)]
-    known = [(pace, one) for pace, one in zip(PACES, at_paces, strict=True) if isfinite(one) and one > 0]
-    if len(known) < len(PACES):
+def rate_interval(value_rps: float, drawn: Floats, provenance: Provenance) -> Interval:
+    """Return a sustainable rate with its interval: it is the inverse of what steps take."""
+    low, high = np.quantile(1 / drawn, [(1 - COVERAGE) / 2, (1 + COVERAGE) / 2]).tolist()
+    return Interval(value_rps, value_rps * min(low, 1.0), value_rps * max(high, 1.0), provenance)
+
+
+def interval_of(
+    simulated: Sequence[float], at_paces: Sequence[float], drawn: Floats, provenance: Provenance
+) -> Interval:
+    """Return a metric's interval from its values at the paces that were simulated, 1 among them, and the paces drawn."""
+    value = at_paces[list(simulated).index(1.0)]
+    known = [one for one in at_paces if isfinite(one) and one > 0]
+    if len(known) < len(simulated):
         return Interval(value, value, value, provenance)
-    x, y = np.log(PACES), np.log(at_paces)
-    logs = np.interp(np.log(paces), x, y)
+    x, y = np.log(simulated), np.log(at_paces)
+    logs = np.interp(np.log(drawn), x, y)
     # Beyond the ends the last line goes on.
-    for beyond, (a, b) in ((np.log(paces) < x[0], (0, 1)), (np.log(paces) > x[-1], (-2, -1))):
+    for beyond, (a, b) in ((np.log(drawn) < x[0], (0, 1)), (np.log(drawn) > x[-1], (-2, -1))):
         slope = (y[b] - y[a]) / (x[b] - x[a])
-        logs[beyond] = y[a] + slope * (np.log(paces[beyond]) - x[a])
+        logs[beyond] = y[a] + slope * (np.log(drawn[beyond]) - x[a])
     low, high = np.exp(np.quantile(logs, [(1 - COVERAGE) / 2, (1 + COVERAGE) / 2])).tolist()
     return Interval(value, min(low, value), max(high, value), provenance)
 

@@ -9,10 +9,10 @@ from array import array
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from math import isnan, nan
+from typing import Protocol
 
 import numpy as np
 
-from engine.scheduler import Scheduler
 from engine.sequence import Sequence
 from engine.step import Step, StepShape
 from sim.segment import Segment
@@ -21,9 +21,9 @@ PARTS_EVERY = 4 * 16  # of so many steps or segments, four numbers each, one is 
 FOLD_AT = 1 << 14  # numbers; a multiple of PARTS_EVERY
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, unsafe_hash=True)
 class StepRow:
-    """A step that ran: which replica, when, how long, and its shape."""
+    """A step that ran: which replica, when, how long, and its shape. A value: nobody changes it."""
 
     replica: int
     start_s: float
@@ -89,6 +89,33 @@ class Usage:
     parts_s: dict[str, float] = field(default_factory=dict)
 
 
+class Pages(Protocol):
+    """Pages that requests hold."""
+
+    @property
+    def kv_pages(self) -> int: ...
+
+
+class AdapterPages(Protocol):
+    """Pages that adapters hold."""
+
+    @property
+    def pages_held(self) -> int: ...
+
+
+class Watched(Protocol):
+    """What is seen of a scheduler: the engine's, or another that is driven as it is."""
+
+    @property
+    def memory(self) -> Pages: ...
+
+    @property
+    def residency(self) -> AdapterPages: ...
+
+    @property
+    def num_running(self) -> int: ...
+
+
 class Observer:
     """Watches one replica. Its sums of pages and sequences are sampled when steps are planned.
 
@@ -120,7 +147,7 @@ class Observer:
         self._fold_runs()
         return self._usage
 
-    def planned(self, scheduler: Scheduler, now_s: float) -> None:
+    def planned(self, scheduler: Watched, now_s: float) -> None:
         """Look at the memory after a plan."""
         looks = self._looks
         looks.extend(

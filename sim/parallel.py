@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from engine.errors import UserError
 from engine.model_shape import ModelShape, load_model_shape
-from engine.step import StepShape
+from engine.step import SHAPE_FIELDS, StepShape
 from sim.exchange import Exchange
 
 Floats = NDArray[np.float64]
@@ -120,7 +120,7 @@ def within(shape: StepShape, steps: Iterable[StepShape]) -> bool:
     known = list(steps)
     return all(
         getattr(shape, name) <= max((getattr(step, name) for step in known), default=0)
-        for name in StepShape.__slots__
+        for name in SHAPE_FIELDS
     )
 
 
@@ -132,8 +132,7 @@ def covered(shape: StepShape, parallel: ParallelSteps) -> bool:
 @lru_cache(maxsize=32)
 def _largest(parallel: ParallelSteps) -> tuple[tuple[str, float], ...]:
     return tuple(
-        (name, max((getattr(step, name) for step in parallel.steps), default=0))
-        for name in StepShape.__slots__
+        (name, max((getattr(step, name) for step in parallel.steps), default=0)) for name in SHAPE_FIELDS
     )
 
 

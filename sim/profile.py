@@ -20,7 +20,7 @@ from engine.budget import GpuSpec, gpu_spec, parse_gpu
 from engine.config import ServingConfig
 from engine.errors import UserError
 from engine.model_shape import ModelShape, load_model_shape
-from engine.step import StepShape
+from engine.step import SHAPE_FIELDS, StepShape
 from sim.parallel import ParallelSteps, parallel_files, parse_parallel
 
 Floats = NDArray[np.float64]
@@ -229,7 +229,7 @@ def _steps(rows: Any, source: str) -> tuple[tuple[StepShape, ...], Floats]:
         place = f"{source}: steps[{index}]"
         if not isinstance(row, dict) or not isinstance(row.get("shape"), dict):
             raise UserError(f"{place} must be an object with shape and gpu_us")
-        for name in StepShape.__slots__:
+        for name in SHAPE_FIELDS:
             _number(row["shape"], name, f"{place}.shape")
         shapes.append(StepShape.from_json(row["shape"]))
         times_us.append(_number(row, "gpu_us", place))

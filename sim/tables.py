@@ -93,13 +93,13 @@ def _agreement_lines(outcome: Mapping[str, Any]) -> list[str]:
     return aligned(rows)
 
 
-def bench_lines(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Show the speed at each load."""
+def bench_lines(rows: Iterable[Mapping[str, Any]], modules: str) -> list[str]:
+    """Show the speed at each load, and whether compiled modules ran."""
     cells = [["load", "requests", "requests/s", "peak memory"]]
     for row in rows:
         memory = f"{row['peak_rss_bytes'] / 1e6:.0f} MB"
         cells.append([row["load"], f"{row['requests']:,}", f"{row['requests_per_s']:,.0f}", memory])
-    return aligned(cells)
+    return [*aligned(cells), modules]
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:

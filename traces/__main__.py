@@ -1,9 +1,10 @@
-"""The command line of traces: import, synth, assign and describe."""
+"""The command line of traces: import, synth, assign, export and describe."""
 
 from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -13,10 +14,13 @@ from traces.assign import RANK_MIXES, Assignment, RankOrder, Rule, assign
 from traces.command_line import run_app
 from traces.describe import describe, table
 from traces.errors import TraceError
+from traces.exporters import Target, to_timed_lines
+from traces.files import write_lines
 from traces.importers import TimeUnit, import_azure, import_burstgpt, import_mooncake
 from traces.like import LIKE, Like, cut, synthesize_like
 from traces.native import load, save, to_lines
 from traces.synth import S_LORA, Uniform, Workload, synthesize
+from traces.tenant_traffic import load_tenant_lengths, synthesize_tenants
 from traces.tenants import load_tenants
 from traces.tool_importers import import_blis, import_timed, import_vidur
 from traces.trace import Trace
@@ -28,6 +32,7 @@ app = typer.Typer(
 )
 
 PROGRAM = "python -m traces"
+OFFSET_S = Assignment().offset_s
 DEFAULT_DURATION_S = 300.0  # S-LoRA's benchmark runs five minutes
 
 Source = Literal["azure", "burstgpt", "mooncake", "aiperf", "vidur", "blis", "vllm"]
@@ -53,6 +58,10 @@ Order = Annotated[
     RankOrder, typer.Option(help="Which adapter has which rank; hot-small: the popular, the smallest.")
 ]
 BaseShare = Annotated[float, typer.Option(help="Share of the requests that use no adapter.")]
+Clients = Annotated[
+    Path | None, typer.Option(help="ServeGen's client rates, CSV, plain or gzip (R3, R3-gen).")
+]
+Offset = Annotated[float, typer.Option(help="Where in the tenants' time the trace begins (R3, R3-gen).")]
 
 
 @app.command("import")
@@ -99,8 +108,6 @@ def _imported(
     if source == "vllm":
         return import_timed(file, time_unit or "s", warn=_warn)
     if source == "vidur":
-        if rate is not None and not rate > 0:
-            raise TraceError(f"--rate (={rate}) must be above 0")
         return import_vidur(file, rate, seed, warn=_warn)
     if source == "blis":
         return import_blis(file, warn=_warn)
@@ -146,15 +153,45 @@ def synth(
     ranks: Ranks = "WIDE",
     rank_order: Order = "interleave",
     base_share: BaseShare = 0.0,
+    tenants: Clients = None,
+    tenant_lengths: Annotated[
+        Path | None, typer.Option(help="ServeGen's densities of lengths, JSONL, plain or gzip (R3-gen).")
+    ] = None,
+    offset_s: Offset = OFFSET_S,
     seed: Seed = 0,
     overwrite: Overwrite = False,
 ) -> None:
-    """Make a synthetic trace: S-LoRA's workload, or one like a real trace.
+    """Make a synthetic trace: S-LoRA's workload, one like a real trace, or the traffic of real tenants.
 
     Gaps are Gamma with shape 1/cv² and scale cv²/rate. Prompt and output lengths are drawn independently. With --like, arrivals
     like azure-code's come in bursts with pauses between, and mooncake's prompts repeat each other's start in conversations; with
-    --cv or a range of lengths beside --like, gaps are Gamma and nothing repeats.
+    --cv or a range of lengths beside --like, gaps are Gamma and nothing repeats. --rule R3-gen: each of ServeGen's clients sends at
+    its own times with its own lengths, all together at --rate.
     """
+    how = Assignment(
+        rule=rule or "R1",
+        adapters=max(1, adapters),
+        zipf_s=zipf_s,
+        alpha=alpha,
+        rank_mix=_mix(ranks),
+        rank_order=rank_order,
+        base_share=base_share,
+        offset_s=offset_s,
+        seed=seed,
+    )
+    _check_tenants(how.rule, tenants, tenant_lengths)
+    if how.rule == "R3-gen":
+        if like is not None or cv is not None or prompt_range is not None or output_range is not None:
+            raise TraceError(
+                "--rule R3-gen has its own arrivals and lengths: no --like, --cv or range of lengths"
+            )
+        if adapters == 0 or base_share:
+            raise TraceError(
+                "--rule R3-gen gives every request its tenant's adapter: no --adapters 0, no --base-share"
+            )
+        trace = _tenant_trace(how, tenants, tenant_lengths, rate, requests, duration_s)
+        _write(trace if max_model_len is None else cut(trace, max_model_len), out, overwrite)
+        return
     if like is not None and cv is None and prompt_range is None and output_range is None:
         source = LIKE[like]
         count = _count(source.workload.rate_rps if rate is None else rate, requests, duration_s)
@@ -171,18 +208,41 @@ def synth(
         if max_model_len is not None:
             trace = cut(trace, max_model_len)
     if adapters:
-        how = Assignment(
-            rule=rule or ("R1-slora" if like is None else "R1" if trace.columns.sessions is None else "R2"),
-            adapters=adapters,
-            zipf_s=zipf_s,
-            alpha=alpha,
-            rank_mix=_mix(ranks),
-            rank_order=rank_order,
-            base_share=base_share,
-            seed=seed,
-        )
-        trace = assign(trace, how)
+        unless_told: Rule = "R1-slora" if like is None else "R1" if trace.columns.sessions is None else "R2"
+        known = None if tenants is None else load_tenants(tenants)
+        trace = assign(trace, replace(how, rule=rule or unless_told), known)
     _write(trace, out, overwrite)
+
+
+def _tenant_trace(
+    how: Assignment,
+    tenants: Path | None,
+    lengths: Path | None,
+    rate: float | None,
+    requests: int | None,
+    duration_s: float | None,
+) -> Trace:
+    assert tenants is not None and lengths is not None
+    rate_rps = S_LORA.rate_rps if rate is None else rate
+    count = _count(rate_rps, requests, duration_s)
+    span_s = duration_s or DEFAULT_DURATION_S
+    if requests is not None:
+        span_s = count / rate_rps if rate_rps > 0 else 0.0
+    return synthesize_tenants(
+        load_tenants(tenants),
+        load_tenant_lengths(lengths),
+        how,
+        rate_rps=rate_rps,
+        duration_s=span_s,
+        requests=requests,
+    )
+
+
+def _check_tenants(rule: str, tenants: Path | None, lengths: Path | None) -> None:
+    if (rule in ("R3", "R3-gen")) != (tenants is not None):
+        raise TraceError("--tenants and --rule R3 or R3-gen go together")
+    if (rule == "R3-gen") != (lengths is not None):
+        raise TraceError("--tenant-lengths and --rule R3-gen go together")
 
 
 @app.command("assign")
@@ -201,12 +261,8 @@ def assign_command(
     ranks: Ranks = "WIDE",
     rank_order: Order = "interleave",
     base_share: BaseShare = 0.0,
-    tenants: Annotated[
-        Path | None, typer.Option(help="ServeGen's client rates, CSV, plain or gzip (R3).")
-    ] = None,
-    offset_s: Annotated[
-        float, typer.Option(help="Where in the tenants' time the trace begins (R3).")
-    ] = Assignment().offset_s,
+    tenants: Clients = None,
+    offset_s: Offset = OFFSET_S,
     seed: Seed = 20240607,
     raw_arrivals: RawArrivals = False,
     overwrite: Overwrite = False,
@@ -218,8 +274,9 @@ def assign_command(
     """
     if adapters < 1:
         raise TraceError("--adapters must be at least 1")
-    if (rule == "R3") != (tenants is not None):
-        raise TraceError("--tenants and --rule R3 go together")
+    if rule == "R3-gen":
+        raise TraceError("--rule R3-gen makes arrivals and lengths too: python -m traces synth --rule R3-gen")
+    _check_tenants(rule, tenants, None)
     how = Assignment(
         rule=rule,
         adapters=adapters,
@@ -233,6 +290,28 @@ def assign_command(
     )
     known = None if tenants is None else load_tenants(tenants)
     _write(assign(load(trace, raw_arrivals), how, known), out, overwrite)
+
+
+@app.command("export")
+def export_command(
+    target: Annotated[
+        Target, typer.Argument(help="vllm: its timed trace, in seconds; mooncake: in milliseconds.")
+    ],
+    trace: Annotated[Path, typer.Argument(help="Native trace, plain or gzip.")],
+    out: Out = None,
+    raw_arrivals: RawArrivals = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write a trace as the benchmarks of vLLM and SGLang replay it.
+
+    They make prompts of blocks of 512 tokens: requests without prefix blocks get blocks of their own.
+    """
+    lines = to_timed_lines(load(trace, raw_arrivals), target)
+    if out is None:
+        sys.stdout.writelines(f"{line}\n" for line in lines)
+        sys.stdout.flush()
+    else:
+        write_lines(out, lines, overwrite=overwrite)
 
 
 @app.command("describe")

@@ -10,18 +10,18 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import numpy as np
 
 from traces.columns import BASE_MODEL, Floats, Ints, TraceColumns
 from traces.errors import TraceError
-from traces.tenants import Tenants
+from traces.tenants import WINDOW_S, Tenants
 from traces.trace import Trace
 
-Rule = Literal["R1", "R1-slora", "R2", "R3"]
+Rule = Literal["R1", "R1-slora", "R2", "R3", "R3-gen"]
 RankOrder = Literal["interleave", "hot-small", "hot-large", "hash"]
 
 RANK_MIXES: dict[str, tuple[int, ...]] = {
@@ -39,6 +39,7 @@ class Assignment:
     R1: independent by request, popularity Zipf `zipf_s` over `adapters`. R1-slora: independent, popularity
     P(index < k) = (k / n)^alpha, uniform at alpha 1. R2: sticky by session, so that prefix reuse survives. R3: by real tenants' rates at the
     time of the request, `offset_s` into theirs; tenants share adapters where there are fewer, and have several, Zipf `zipf_s`, where there are more.
+    R3-gen: the same of traffic that the tenants' own statistics make (`traces.tenant_traffic`).
     `base_share` of the requests use the base model alone.
     """
 
@@ -74,6 +75,10 @@ def assign(trace: Trace, how: Assignment, tenants: Tenants | None = None) -> Tra
     importers give the row in the source file, before any row is dropped), else its position. Raises
     TraceError for R2 on a trace that has no sessions, and for R3 without tenants or where it is longer than theirs.
     """
+    if how.rule == "R3-gen":
+        raise TraceError(
+            "rule R3-gen makes arrivals and lengths too: it is for synth, not assign; R3 assigns"
+        )
     columns = trace.columns
     rows = row_numbers(columns)
     if how.rule == "R2":
@@ -83,11 +88,9 @@ def assign(trace: Trace, how: Assignment, tenants: Tenants | None = None) -> Tra
             raise TraceError(f"{trace.name}: rule R3 needs the rates of tenants")
         drawn = _by_tenant(columns, rows, how, tenants)
     else:
-        x = np.array([u(how.seed, how.rule, row) for row in rows])
-        drawn = _popular(how, x)
+        drawn = _popular(how, _hashed(how.seed, how.rule, rows))
     if how.base_share > 0:
-        base = np.array([u(how.seed, "base", row) < how.base_share for row in rows])
-        drawn = np.where(base, BASE_MODEL, drawn)
+        drawn = np.where(_hashed(how.seed, "base", rows) < how.base_share, BASE_MODEL, drawn)
     kept, index = np.unique(drawn[drawn != BASE_MODEL], return_inverse=True)
     adapter_index = np.full(len(rows), BASE_MODEL, dtype=np.int64)
     adapter_index[drawn != BASE_MODEL] = index
@@ -142,10 +145,15 @@ def rank_of(how: Assignment, index: int) -> int:
     return sorted(mix, reverse=how.rank_order == "hot-large")[index * size // how.adapters]
 
 
-def row_numbers(columns: TraceColumns) -> list[int]:
+def row_numbers(columns: TraceColumns) -> Sequence[int]:
     """Return each request's row in its source: its id where all ids are whole numbers, else its position."""
-    ids = [id_ for id_ in columns.ids if isinstance(id_, int)]
-    return ids if len(ids) == len(columns.ids) else list(range(len(columns.ids)))
+    if all(isinstance(id_, int) for id_ in columns.ids):
+        return cast(Sequence[int], columns.ids)
+    return range(len(columns.ids))
+
+
+def _hashed(seed: int, rule: str, keys: Iterable[object]) -> Floats:
+    return np.fromiter((u(seed, rule, key) for key in keys), dtype=np.float64)
 
 
 def _popular(how: Assignment, x: Floats) -> Ints:
@@ -155,31 +163,44 @@ def _popular(how: Assignment, x: Floats) -> Ints:
     return pick(cdf(zipf(how.adapters, how.zipf_s)), x)
 
 
-def _sticky(columns: TraceColumns, rows: list[int], how: Assignment, name: str) -> Ints:
+def _sticky(columns: TraceColumns, rows: Sequence[int], how: Assignment, name: str) -> Ints:
     if columns.sessions is None:
         raise TraceError(f"{name}: rule R2 is sticky by session, but no request has a session; use R1")
-    sessions = zip(columns.sessions, rows, strict=True)
-    keys = [f"solo:{row}" if session is None else session for session, row in sessions]
-    distinct = list(dict.fromkeys(keys))
-    drawn = _popular(how, np.array([u(how.seed, "R2", key) for key in distinct]))
-    by_key = dict(zip(distinct, drawn.tolist(), strict=True))
-    return np.array([by_key[key] for key in keys], dtype=np.int64)
+    known: dict[str, float] = {}
+    x = np.empty(len(rows))
+    for place, (session, row) in enumerate(zip(columns.sessions, rows, strict=True)):
+        if session is None:
+            x[place] = u(how.seed, "R2", f"solo:{row}")
+            continue
+        if session not in known:
+            known[session] = u(how.seed, "R2", session)
+        x[place] = known[session]
+    return _popular(how, x)
 
 
-def _by_tenant(columns: TraceColumns, rows: list[int], how: Assignment, tenants: Tenants) -> Ints:
-    arrivals_s = columns.arrival_s - columns.arrival_s[0]
-    running = {window: cdf(rates) for window, rates in tenants.rates_rps.items()}
+def _by_tenant(columns: TraceColumns, rows: Sequence[int], how: Assignment, tenants: Tenants) -> Ints:
+    """Draw a tenant of each request's window, window by window, and an adapter of the tenant's."""
+    instants_s = how.offset_s + (columns.arrival_s - columns.arrival_s[0])
+    x = _hashed(how.seed, "R3", rows)
+    places = np.empty(len(rows), dtype=np.int64)
+    starts = WINDOW_S * (instants_s // WINDOW_S)
+    for start in np.unique(starts).tolist():
+        window = tenants.window(start)
+        here = starts == start
+        known = np.array([tenants.places[client] for client in tenants.clients[window].tolist()])
+        places[here] = known[pick(cdf(tenants.rates_rps[window]), x[here])]
+    return adapters_of(places, rows, how, tenants)
+
+
+def adapters_of(places: Ints, rows: Sequence[int], how: Assignment, tenants: Tenants) -> Ints:
+    """Return the adapters of requests of tenants given by their places: tenants share adapters where there are fewer, and draw among several
+    of their own where there are more.
+    """
     each = max(1, -(-how.adapters // len(tenants.places)))  # adapters of a tenant
-    own = cdf(zipf(each, how.zipf_s))
-    drawn = []
-    for row, arrival_s in zip(rows, arrivals_s.tolist(), strict=True):
-        window = tenants.window(how.offset_s + arrival_s)
-        client = tenants.clients[window][pick(running[window], np.array([u(how.seed, "R3", row)]))[0]]
-        place = tenants.places[int(client)]
-        if each > 1:
-            place = place * each + int(pick(own, np.array([u(how.seed, "R3", f"{row}:sub")]))[0])
-        drawn.append(place % how.adapters)
-    return np.array(drawn, dtype=np.int64)
+    if each > 1:
+        own = _hashed(how.seed, how.rule, (f"{row}:sub" for row in rows))
+        places = places * each + pick(cdf(zipf(each, how.zipf_s)), own)
+    return places % how.adapters
 
 
 def _require(holds: bool, field: str, value: object, bound: str) -> None:

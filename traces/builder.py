@@ -7,13 +7,15 @@ is refused in the same words wherever it comes from.
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import numpy as np
 
-from traces.columns import BASE_MODEL, TraceColumns
+from traces.columns import BASE_MODEL, MAX_BLOCK, BlockColumn, TraceColumns
 from traces.errors import TraceError
+from traces.ids import IdColumn
 
 MAX_RANK = 256
 MAX_TOKENS = 2**31 - 1  # a request's tokens are counted in int32 on the GPU
@@ -33,16 +35,17 @@ class TraceBuilder:
         self._source = source
         self._raw_arrivals = raw_arrivals
         self._place = ""
-        self._ids: dict[int | str, str] = {}
-        self._arrival_s: list[float] = []
-        self._raw_arrival_s: list[float] = []
-        self._prompt_tokens: list[int] = []
-        self._output_tokens: list[int] = []
-        self._adapter_index: list[int] = []
+        self._ids = IdColumn()
+        self._arrival_s = array("d")
+        self._raw_arrival_s = array("d")
+        self._prompt_tokens = array("q")
+        self._output_tokens = array("q")
+        self._adapter_index = array("q")
         self._adapter_slots: dict[str, int] = {}
         self._adapter_ranks: list[int | None] = []
-        self._sessions: list[str | None] = []
-        self._prefix_blocks: list[tuple[int, ...] | None] = []
+        self._sessions: list[str | None] = []  # empty until a row has one
+        self._session_names: dict[str, str] = {}
+        self._prefix_blocks = BlockColumn()
 
     def add(self, place: str, row: Mapping[str, Any]) -> None:
         """Append one row given by the native field names; keys it does not know are ignored.
@@ -56,26 +59,25 @@ class TraceBuilder:
         self._prompt_tokens.append(self._whole(row, "prompt_tokens", 1, MAX_TOKENS))
         self._output_tokens.append(self._whole(row, "output_tokens", 1, MAX_TOKENS))
         self._add_adapter(row)
-        self._sessions.append(self._session(row))
-        self._prefix_blocks.append(self._blocks(row))
+        self._add_session(row)
+        self._add_blocks(row)
 
     def columns(self) -> TraceColumns:
         """Return what was added. Raises TraceError if that is nothing."""
         if not self._ids:
             raise TraceError(f"{self._source}: the trace is empty: it has no request")
-        sessions, blocks = self._sessions, self._prefix_blocks
         spread = not self._raw_arrivals and self._raw_arrival_s != self._arrival_s
         return TraceColumns(
-            ids=tuple(self._ids),
-            arrival_s=np.array(self._arrival_s, dtype=np.float64),
-            prompt_tokens=np.array(self._prompt_tokens, dtype=np.int64),
-            output_tokens=np.array(self._output_tokens, dtype=np.int64),
-            adapter_index=np.array(self._adapter_index, dtype=np.int64),
+            ids=self._ids.values(),
+            arrival_s=np.frombuffer(self._arrival_s, dtype=np.float64),
+            prompt_tokens=np.frombuffer(self._prompt_tokens, dtype=np.int64),
+            output_tokens=np.frombuffer(self._output_tokens, dtype=np.int64),
+            adapter_index=np.frombuffer(self._adapter_index, dtype=np.int64),
             adapter_names=tuple(self._adapter_slots),
             adapter_ranks=tuple(self._adapter_ranks),
-            sessions=None if all(session is None for session in sessions) else tuple(sessions),
-            prefix_blocks=None if all(row is None for row in blocks) else tuple(blocks),
-            raw_arrival_s=np.array(self._raw_arrival_s, dtype=np.float64) if spread else None,
+            sessions=tuple(self._sessions) if self._sessions else None,
+            prefix_blocks=self._prefix_blocks if self._prefix_blocks.known else None,
+            raw_arrival_s=np.frombuffer(self._raw_arrival_s, dtype=np.float64) if spread else None,
         )
 
     def _fail(self, field: str, problem: str) -> NoReturn:
@@ -87,9 +89,9 @@ class TraceBuilder:
             id_ = len(self._ids)
         if type(id_) is not int and (type(id_) is not str or not id_):
             self._fail("id", f"must be a whole number or a text, not {_show(id_)}")
-        if id_ in self._ids:
-            self._fail("id", f"{_show(id_)} was already used at {self._ids[id_]}")
-        self._ids[id_] = self._place
+        before = self._ids.add(id_, self._place)
+        if before is not None:
+            self._fail("id", f"{_show(id_)} was already used at {before}")
 
     def _add_arrival(self, row: Mapping[str, Any]) -> None:
         field = "arrival_s"
@@ -107,6 +109,8 @@ class TraceBuilder:
 
     def _seconds(self, row: Mapping[str, Any], field: str) -> float:
         value = row.get(field)
+        if type(value) is float and 0 <= value < 1e300:
+            return value
         if value is None:
             self._fail(field, "is missing")
         if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
@@ -119,6 +123,8 @@ class TraceBuilder:
 
     def _whole(self, row: Mapping[str, Any], field: str, low: int, high: int) -> int:
         value = row.get(field)
+        if type(value) is int and low <= value <= high:
+            return value
         if value is None:
             self._fail(field, "is missing")
         return self._whole_value(value, field, low, high)
@@ -153,21 +159,29 @@ class TraceBuilder:
             self._fail("rank", f"of adapter {_show(name)} is {rank}, but {known}")
         self._adapter_index.append(slot)
 
-    def _session(self, row: Mapping[str, Any]) -> str | None:
+    def _add_session(self, row: Mapping[str, Any]) -> None:
         session = row.get("session")
-        if session is None or type(session) is str:
-            return session
-        if type(session) is int:
-            return str(session)
-        self._fail("session", f"must be a text or null, not {_show(session)}")
+        if session is not None and type(session) is not str:
+            if type(session) is not int:
+                self._fail("session", f"must be a text or null, not {_show(session)}")
+            session = str(session)
+        if session is not None:
+            session = self._session_names.setdefault(
+                session, session
+            )  # one text, however many requests have it
+            if not self._sessions:
+                self._sessions = [None] * (len(self._ids) - 1)
+        if self._sessions or session is not None:
+            self._sessions.append(session)
 
-    def _blocks(self, row: Mapping[str, Any]) -> tuple[int, ...] | None:
+    def _add_blocks(self, row: Mapping[str, Any]) -> None:
         blocks = row.get("prefix_blocks")
-        if blocks is None:
-            return None
-        if not isinstance(blocks, (list, tuple)) or not all(type(b) is int and b >= 0 for b in blocks):
-            self._fail("prefix_blocks", f"must be a list of whole numbers of at least 0, not {_show(blocks)}")
-        return tuple(blocks)
+        if blocks is not None and not (
+            isinstance(blocks, (list, tuple)) and all(type(b) is int and 0 <= b <= MAX_BLOCK for b in blocks)
+        ):
+            wanted = "a list of whole numbers of at least 0 and below 2^64"
+            self._fail("prefix_blocks", f"must be {wanted}, not {_show(blocks)}")
+        self._prefix_blocks.append(blocks)
 
 
 def _show(value: Any) -> str:

@@ -2,17 +2,71 @@
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
+from typing import overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from traces.errors import TraceError
+from traces.ids import Ids, taken
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
+Blocks = tuple[int, ...]
+
 BASE_MODEL = -1  # adapter_index of a request that uses no adapter
+MAX_BLOCK = 2**64 - 1
+
+
+class BlockColumn(Sequence["Blocks | None"]):
+    """The prefix blocks of each request, eight bytes a block; a row is a tuple, or None where it has none."""
+
+    def __init__(self, rows: Iterable[Sequence[int] | None] = ()) -> None:
+        self._blocks = array("Q")
+        self._ends = array("q")
+        self._given = bytearray()  # 0 where a row has none
+        for row in rows:
+            self.append(row)
+
+    def append(self, blocks: Sequence[int] | None) -> None:
+        """Add a row."""
+        self._blocks.extend(blocks or ())
+        self._given.append(blocks is not None)
+        self._ends.append(len(self._blocks))
+
+    @property
+    def known(self) -> bool:
+        """Whether any row has blocks."""
+        return any(self._given)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    @overload
+    def __getitem__(self, row: int) -> Blocks | None: ...
+    @overload
+    def __getitem__(self, row: slice) -> tuple[Blocks | None, ...]: ...
+    def __getitem__(self, row: int | slice) -> Blocks | tuple[Blocks | None, ...] | None:
+        if isinstance(row, slice):
+            return tuple(self[place] for place in range(*row.indices(len(self))))
+        place = row + len(self) if row < 0 else row
+        if not 0 <= place < len(self):
+            raise IndexError(row)
+        if not self._given[place]:
+            return None
+        return tuple(self._blocks[self._ends[place - 1] if place else 0 : self._ends[place]])
+
+
+def distinct_blocks(rows: Sequence[Blocks | None]) -> int:
+    """Return how many different blocks there are."""
+    if isinstance(rows, BlockColumn):
+        return len(np.unique(np.frombuffer(rows._blocks, dtype=np.uint64)))
+    return len(set(chain.from_iterable(row or () for row in rows)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +95,7 @@ class TraceColumns:
     within its ticks.
     """
 
-    ids: tuple[int | str, ...]
+    ids: Ids
     arrival_s: Floats
     prompt_tokens: Ints
     output_tokens: Ints
@@ -49,7 +103,7 @@ class TraceColumns:
     adapter_names: tuple[str, ...] = ()
     adapter_ranks: tuple[int | None, ...] = ()
     sessions: tuple[str | None, ...] | None = None
-    prefix_blocks: tuple[tuple[int, ...] | None, ...] | None = None
+    prefix_blocks: Sequence[Blocks | None] | None = None
     raw_arrival_s: Floats | None = None
 
     def __post_init__(self) -> None:
@@ -73,7 +127,7 @@ class TraceColumns:
         sessions, blocks = self.sessions, self.prefix_blocks
         return replace(
             self,
-            ids=tuple(self.ids[row] for row in listed),
+            ids=taken(self.ids, rows),
             arrival_s=self.arrival_s[rows],
             prompt_tokens=self.prompt_tokens[rows],
             output_tokens=self.output_tokens[rows],
@@ -81,7 +135,7 @@ class TraceColumns:
             adapter_names=tuple(self.adapter_names[i] for i in kept.tolist()),
             adapter_ranks=tuple(self.adapter_ranks[i] for i in kept.tolist()),
             sessions=None if sessions is None else tuple(sessions[row] for row in listed),
-            prefix_blocks=None if blocks is None else tuple(blocks[row] for row in listed),
+            prefix_blocks=None if blocks is None else BlockColumn(blocks[row] for row in listed),
             raw_arrival_s=None if self.raw_arrival_s is None else self.raw_arrival_s[rows],
         )
 

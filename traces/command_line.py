@@ -8,6 +8,8 @@ import sys
 import typer
 from typer.exceptions import TyperException
 
+PARSER_WORDS = "Value error, "  # what checks an option's value puts before what it says
+
 
 def run_app(
     app: typer.Typer,
@@ -24,7 +26,7 @@ def run_app(
     try:
         code = app(arguments, prog_name=program, standalone_mode=False)
     except TyperException as error:
-        return _fail(error.format_message(), 2)
+        return _fail(error.format_message().replace(PARSER_WORDS, ""), 2)
     except user_errors as error:
         return _fail(str(error), 2)
     except failures as error:

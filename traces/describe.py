@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from traces.columns import BASE_MODEL, Floats, Ints, TraceColumns
+from traces.columns import BASE_MODEL, Floats, Ints, TraceColumns, distinct_blocks
 from traces.trace import Trace
 
 
@@ -89,7 +89,7 @@ def describe(trace: Trace) -> Summary:
         prompt_tokens=_lengths(columns.prompt_tokens),
         output_tokens=_lengths(columns.output_tokens),
         sessions=len(set(columns.sessions or ()) - {None}),
-        prefix_blocks=len({block for blocks in columns.prefix_blocks or () for block in blocks or ()}),
+        prefix_blocks=distinct_blocks(columns.prefix_blocks or ()),
         adapters=_adapters(columns),
     )
 

@@ -6,8 +6,10 @@ import gzip
 import io
 import os
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from io import BufferedReader
 from pathlib import Path
+from typing import cast
 
 from traces.errors import TraceError
 
@@ -16,61 +18,78 @@ BYTE_ORDER_MARK = "\ufeff"
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
-    """Return a file's text; gzip is recognised by its first bytes.
+    """Return a file's whole text; for what is small. As `text_lines`."""
+    return "".join(text_lines(path))
 
-    Raises TraceError for a file that is missing or not a file, a gzip that is cut short or damaged, and bytes
-    that are not UTF-8.
+
+def text_lines(path: str | os.PathLike[str]) -> Iterator[str]:
+    """Yield a file's lines with their ends, one at a time; gzip is recognised by its first bytes.
+
+    Only a newline ends a line: JSON may hold U+2028. Raises TraceError for a file that is missing or not a file, a gzip that is cut
+    short or damaged, and bytes that are not UTF-8: what comes before them has been yielded.
     """
-    data = _read_bytes(Path(path))
+    place = Path(path)
     try:
-        return data.decode("utf-8").removeprefix(BYTE_ORDER_MARK)
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise TraceError(f"{path}:{line}: not UTF-8 text (byte 0x{data[error.start]:02x})") from None
-
-
-def _read_bytes(path: Path) -> bytes:
-    try:
-        data = path.read_bytes()
+        with place.open("rb") as file:
+            if file.peek(2).startswith(GZIP_MAGIC):
+                yield from _decoded(place, _unpacked(place, file))
+                return
+            if place.suffix == ".gz" and file.peek(1):
+                raise TraceError(f"{path}: is named .gz but is not gzip")
+            yield from _decoded(place, file)
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
+        if isinstance(error, TraceError):
+            raise
         raise TraceError(f"{path}: cannot be read: {os_reason(error)}") from None
-    if not data.startswith(GZIP_MAGIC):
-        if path.suffix == ".gz" and data:
-            raise TraceError(f"{path}: is named .gz but is not gzip")
-        return data
+
+
+def _unpacked(path: Path, file: BufferedReader) -> Iterator[bytes]:
     try:
-        return gzip.decompress(data)
+        with gzip.GzipFile(fileobj=file) as unpacked:
+            yield from unpacked
     except (EOFError, zlib.error, OSError) as error:
         raise TraceError(f"{path}: the gzip file is cut short or damaged: {error}") from None
 
 
-def numbered_lines(text: str) -> list[tuple[int, str]]:
-    """Return the lines that are not blank with their numbers from 1.
+def _decoded(path: Path, lines: Iterable[bytes]) -> Iterator[str]:
+    for number, line in enumerate(lines, start=1):
+        try:
+            text = line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            wrong = f"byte 0x{line[error.start]:02x}"
+            raise TraceError(f"{path}:{number}: not UTF-8 text ({wrong})") from None
+        yield text.removeprefix(BYTE_ORDER_MARK) if number == 1 else text
 
-    Only a newline ends a line: JSON may hold U+2028.
-    """
-    lines = enumerate(text.split("\n"), start=1)
-    return [(number, line) for number, line in lines if line and not line.isspace()]
+
+def numbered_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, str]]:
+    """Yield a file's lines that are not blank with their numbers from 1."""
+    for number, line in enumerate(text_lines(path), start=1):
+        if not line.isspace():
+            yield number, line.removesuffix("\n")
 
 
 def write_lines(path: str | os.PathLike[str], lines: Iterable[str], *, overwrite: bool = False) -> None:
-    """Write lines to a file, whole or not at all.
+    """Write lines to a file as they come, whole or not at all.
 
     It is gzip if its name ends in .gz, with mtime 0, so that equal text gives equal bytes. Raises TraceError
     if the file is there and `overwrite` is not asked for, or if it cannot be written.
     """
-    text = "".join(f"{line}\n" for line in lines).encode("utf-8")
-    data = _gzipped(text) if Path(path).suffix == ".gz" else text
-    replace_file(Path(path), lambda temporary: temporary.write_bytes(data), overwrite=overwrite)
+    write = _write_gzip if Path(path).suffix == ".gz" else _write_plain
+    replace_file(Path(path), lambda temporary: write(temporary, lines), overwrite=overwrite)
 
 
-def _gzipped(data: bytes) -> bytes:
-    buffer = io.BytesIO()
-    with gzip.GzipFile(
-        filename="", mode="wb", fileobj=buffer, mtime=0
-    ) as file:  # compress() names the system
-        file.write(data)
-    return buffer.getvalue()
+def _write_plain(path: Path, lines: Iterable[str]) -> None:
+    with path.open("wb") as file:
+        file.writelines(f"{line}\n".encode() for line in lines)
+
+
+def _write_gzip(path: Path, lines: Iterable[str]) -> None:
+    with (
+        path.open("wb") as file,
+        gzip.GzipFile(filename="", mode="wb", fileobj=file, mtime=0) as packed,  # the name is not told
+        io.BufferedWriter(cast(io.RawIOBase, packed), 1 << 16) as buffer,
+    ):
+        buffer.writelines(f"{line}\n".encode() for line in lines)
 
 
 def replace_file(path: Path, write: Callable[[Path], object], *, overwrite: bool) -> None:

@@ -7,21 +7,21 @@ dropped, and whose times are seconds from the first row. What a user should know
 from __future__ import annotations
 
 import csv
-import io
 import math
 import os
 import re
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any, Literal
 
 import numpy as np
 
 from traces.builder import TraceBuilder
+from traces.columns import Floats, TraceColumns
 from traces.errors import TraceError
-from traces.files import read_text
+from traces.files import text_lines
 from traces.native import json_lines, trace_name
 from traces.trace import Trace
 
@@ -119,36 +119,42 @@ def import_mooncake(
     it. The session is `session_id`, else the first prefix block that is not common to all requests. An
     adapter may be called adapter, lora, lora_name or adapter_id. Source: kvcache-ai/Mooncake, FAST 2025.
     """
-    rows = [(f"{path}:{number}", row) for number, row in json_lines(path)]
     per_second = TICKS_PER_SECOND[time_unit]
-    instants = [_timestamp(place, row) for place, row in rows]
-    raw_s = [round((instant - instants[0]) / per_second, 6) for instant in instants]
-    if spread is None:
-        spread = _ticks_coarsely(raw_s)
-        if spread:
-            warn(f"{path}: its clock ticks every 3 s: requests of one tick are spread over it (--no-spread)")
-    spread_s = _spread(raw_s) if spread else [None] * len(rows)
-    session_block = _session_block(rows)
     builder = TraceBuilder(str(path), field_names=_MOONCAKE_FIELDS)
-    for j, (place, row) in enumerate(rows):
+    first: float | None = None
+    unnamed = bytearray()  # 1 where a row has no session_id
+    for j, (number, row) in enumerate(json_lines(path)):
+        place = f"{path}:{number}"
+        instant = _timestamp(place, row)
+        first = instant if first is None else first
         fields = {
             "id": j,
-            "arrival_s": raw_s[j],
-            "arrival_spread_s": spread_s[j],
+            "arrival_s": round((instant - first) / per_second, 6),
             "prompt_tokens": row.get("input_length"),
             "output_tokens": row.get("output_length"),
             "adapter": adapter_of(place, row),
             "rank": row.get("rank"),
-            "session": row.get("session_id", _block(row, session_block)),
+            "session": row.get("session_id"),
             "prefix_blocks": row.get("hash_ids"),
         }
+        unnamed.append("session_id" not in row)
         builder.add(place, fields)
-    return finish(builder, path, warn)
+    columns = _with_sessions(builder.columns(), unnamed)
+    if spread is None:
+        spread = _ticks_coarsely(columns.arrival_s)
+        if spread:
+            warn(f"{path}: its clock ticks every 3 s: requests of one tick are spread over it (--no-spread)")
+    return plausible(_spread(columns) if spread else columns, path, warn)
 
 
 def finish(builder: TraceBuilder, path: str | os.PathLike[str], warn: Warn) -> Trace:
-    """Return the trace; warn where its rate makes no sense."""
-    trace = Trace.from_columns(builder.columns(), trace_name(path))
+    """Return what was built; warn where its rate makes no sense."""
+    return plausible(builder.columns(), path, warn)
+
+
+def plausible(columns: TraceColumns, path: str | os.PathLike[str], warn: Warn) -> Trace:
+    """Return the trace of a file; warn where its rate makes no sense."""
+    trace = Trace.from_columns(columns, trace_name(path))
     low, high = PLAUSIBLE_RPS
     if len(trace) > 1 and not low <= trace.rate_rps <= high:
         rate = f"{len(trace)} requests in {trace.duration_s:g} s, {trace.rate_rps:.3g} a second"
@@ -160,7 +166,7 @@ def csv_records(
     path: str | os.PathLike[str], needed: Mapping[str, str]
 ) -> Iterator[tuple[str, dict[str, str | None]]]:
     """Yield (place, row) of a CSV that has the needed columns. Raises TraceError naming line and column."""
-    reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
+    reader = csv.DictReader(text_lines(path))
     try:
         missing = [name for name in needed.values() if name not in (reader.fieldnames or ())]
         if missing and reader.fieldnames:
@@ -208,31 +214,39 @@ def _timestamp(place: str, row: Mapping[str, Any]) -> float:
     return value
 
 
-def _ticks_coarsely(raw_s: list[float]) -> bool:
+def _ticks_coarsely(raw_s: Floats) -> bool:
     ticks = np.unique(raw_s)
     if len(ticks) < 2 or len(ticks) == len(raw_s):
         return False
     return abs(float(np.median(np.diff(ticks))) - MOONCAKE_TICK_S) < 0.05 * MOONCAKE_TICK_S
 
 
-def _spread(raw_s: list[float]) -> list[float | None]:
-    sizes, seen = Counter(raw_s), Counter[float]()
-    spread_s: list[float | None] = []
-    for tick_s in raw_s:
-        spread_s.append(round(tick_s + MOONCAKE_TICK_S * seen[tick_s] / sizes[tick_s], 6))
-        seen[tick_s] += 1
-    return spread_s
+def _spread(columns: TraceColumns) -> TraceColumns:
+    """Return the columns with the i-th of k rows of one tick at i/k of it; their own clock is kept beside."""
+    raw_s = columns.arrival_s
+    _, first, sizes = np.unique(raw_s, return_index=True, return_counts=True)
+    within = np.arange(len(raw_s)) - np.repeat(first, sizes)
+    spread_s = (raw_s + MOONCAKE_TICK_S * within / np.repeat(sizes, sizes)).round(6)
+    same = bool((spread_s == raw_s).all())
+    return replace(columns, arrival_s=spread_s, raw_arrival_s=None if same else raw_s)
 
 
-def _session_block(rows: list[tuple[str, dict[str, Any]]]) -> int:
-    """Return which prefix block tells conversations apart: 1 where all share the first, else 0."""
-    firsts = {_block(row, 0) for _, row in rows}
-    return 1 if len(firsts) == 1 and len(rows) > 1 else 0
-
-
-def _block(row: Mapping[str, Any], index: int) -> str | None:
-    blocks = row.get("hash_ids")
-    return str(blocks[index]) if isinstance(blocks, list) and len(blocks) > index else None
+def _with_sessions(columns: TraceColumns, unnamed: bytearray) -> TraceColumns:
+    """Name the sessions of rows that do not by the prefix block that tells conversations apart: the second where all share the first."""
+    blocks = columns.prefix_blocks
+    if blocks is None or not any(unnamed):
+        return columns
+    firsts = {row[:1] for row in blocks if row}
+    place = 1 if len(firsts) == 1 and all(blocks) and len(blocks) > 1 else 0
+    known = columns.sessions or (None,) * len(blocks)
+    names: dict[str, str] = {}
+    sessions = []
+    for row, session, without in zip(blocks, known, unnamed, strict=True):
+        if without and row is not None and len(row) > place:
+            name = str(row[place])
+            session = names.setdefault(name, name)
+        sessions.append(session)
+    return replace(columns, sessions=tuple(sessions) if any(s is not None for s in sessions) else None)
 
 
 def adapter_of(place: str, row: Mapping[str, Any]) -> Any:

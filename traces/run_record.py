@@ -194,7 +194,7 @@ def _read_run_file(path: Path) -> dict[str, Any]:
 
 
 def _read_table(path: Path) -> pd.DataFrame:
-    lines = numbered_lines(read_text(path))
+    lines = list(numbered_lines(path))
     if not lines:
         raise TraceError(f"{path}: is empty: its first line must name the columns")
     values: list[Any] = []

@@ -36,23 +36,25 @@ def import_vidur(
 
     A file of lengths alone gets Poisson arrivals of `rate_rps` drawn with `seed`; without a rate it is refused. Source: microsoft/vidur.
     """
-    rows = list(csv_records(path, _VIDUR_FIELDS))
-    timed = bool(rows) and "arrived_at" in rows[0][1]
-    if not timed and rate_rps is None:
-        raise TraceError(f"{path}: has no column arrived_at; --rate gives its requests Poisson arrivals")
-    if timed and rate_rps is not None:
-        raise TraceError(f"{path}: has its own arrivals (arrived_at); --rate is for files without")
+    if rate_rps is not None and not rate_rps > 0:
+        raise TraceError(f"--rate (={rate_rps}) must be above 0")
     rng = np.random.default_rng(seed)
-    instants_s = (
-        [number_of(place, "arrived_at", row["arrived_at"]) for place, row in rows]
-        if timed
-        else np.cumsum(rng.exponential(1 / (rate_rps or 1.0), len(rows))).tolist()
-    )
     builder = TraceBuilder(str(path), field_names=_VIDUR_FIELDS | {"arrival_s": "arrived_at"})
-    for j, ((place, row), instant_s) in enumerate(zip(rows, instants_s, strict=True)):
+    first_s: float | None = None
+    instant_s = 0.0
+    for j, (place, row) in enumerate(csv_records(path, _VIDUR_FIELDS)):
+        if "arrived_at" in row:
+            if rate_rps is not None:
+                raise TraceError(f"{path}: has its own arrivals (arrived_at); --rate is for files without")
+            instant_s = number_of(place, "arrived_at", row["arrived_at"])
+        elif rate_rps is None:
+            raise TraceError(f"{path}: has no column arrived_at; --rate gives its requests Poisson arrivals")
+        else:
+            instant_s += float(rng.exponential(1 / rate_rps))
+        first_s = instant_s if first_s is None else first_s
         fields = {
             "id": j,
-            "arrival_s": round(instant_s - instants_s[0], 6),
+            "arrival_s": round(instant_s - first_s, 6),
             **{name: number_of(place, column, row[column]) for name, column in _VIDUR_FIELDS.items()},
         }
         builder.add(place, fields)

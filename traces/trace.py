@@ -6,6 +6,7 @@ shows the same rows one by one.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -89,6 +90,21 @@ class Trace:
     def adapters(self) -> dict[str, int | None]:
         """Rank by adapter name (None: the trace does not tell it)."""
         return dict(zip(self.columns.adapter_names, self.columns.adapter_ranks, strict=True))
+
+    def digest(self) -> str:
+        """Return a SHA-256 of what is asked for: equal requests give equal digests, whatever the file was called."""
+        columns, found = self.columns, hashlib.sha256()
+        for values in (
+            columns.arrival_s,
+            columns.prompt_tokens,
+            columns.output_tokens,
+            columns.adapter_index,
+        ):
+            found.update(np.ascontiguousarray(values).data)
+        found.update(repr((columns.adapter_names, columns.adapter_ranks)).encode())
+        for blocks in columns.prefix_blocks or ():
+            found.update(repr(blocks).encode())
+        return found.hexdigest()
 
     def scaled(self, rate_scale: float) -> Trace:
         """Return the trace at `rate_scale` times its rate; time is divided by it, so the CV is kept."""

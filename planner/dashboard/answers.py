@@ -9,7 +9,7 @@ from planner.dashboard.state import background
 from planner.task import Answer, Task
 from planner.worked import find_worked
 
-EVERY_S = 0.5
+EVERY_S = 1.0  # each look costs server and browser CPU that the search could use
 
 
 def answer_for(task: Task, *, begin: bool = True, button: str = "Search") -> Answer | None:

@@ -15,6 +15,7 @@ from planner.dashboard.choose import choose_config
 from planner.dashboard.state import Current
 
 LATENCIES = ("Time to first token, p95", "Time per output token, p95")
+LABEL_SHARE = 0.15  # of a chart's width
 CUT = 2  # latencies are drawn up to so many times their bound
 RATE = "requests/s, the whole configuration"
 
@@ -105,11 +106,19 @@ def _span(curve: Mapping[str, Any]) -> tuple[float, float]:
     return (min(curve["knee_rps"]["value"], most), most)
 
 
+def _crossing_label(curve: Mapping[str, Any]) -> float | None:
+    """Return the trace's rate where its upright line would cross a label at the chart's left edge."""
+    share = curve["trace_rps"] / max(point["rate_rps"] for point in curve["points"])
+    return float(curve["trace_rps"]) if share < LABEL_SHARE else None
+
+
 def _attainment(rows: list[dict[str, Any]], curve: Mapping[str, Any], wanted_pct: float) -> charts.Chart:
     return alt.layer(
         charts.shaded(x=_span(curve)),
         _points(rows, "attainment_pct", "requests that meet the SLO, %", alt.Scale(domain=[0, 102])),
-        charts.slo_line(wanted_pct, f"promised: {wanted_pct:g} %", below=True),
+        charts.slo_line(
+            wanted_pct, f"promised: {wanted_pct:g} %", below=True, right_of=_crossing_label(curve)
+        ),
         charts.mark_line(curve["trace_rps"], "the trace's rate", charts.GREEN, row=1),
         charts.mark_line(curve["knee_rps"]["value"], "knee", charts.RED),
     ).properties(height=charts.HEIGHT)

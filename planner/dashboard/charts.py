@@ -37,11 +37,17 @@ def show(chart: Chart, key: str, alt_text: str) -> None:
 
 
 def slo_line(
-    value: float, label: str, *, axis: str = "y", above: bool = False, below: bool = False
+    value: float,
+    label: str,
+    *,
+    axis: str = "y",
+    above: bool = False,
+    below: bool = False,
+    right_of: float | None = None,
 ) -> alt.LayerChart:
     """Return a dashed line at a bound, with its name; above: the name stands over the chart, not in it; below: under the
-    line."""
-    data = frame([{"at": value, "label": label}])
+    line; right_of: where on the other axis the name begins, the chart's edge if not given."""
+    data = frame([{"at": value, "label": label, "begins": right_of}])
     base = alt.Chart(data)
     if axis == "y":
         rule = base.mark_rule(color=RED, strokeDash=[6, 4], strokeWidth=2).encode(y=alt.Y("at:Q"))
@@ -53,7 +59,8 @@ def slo_line(
             color=RED,
             fontSize=12,
         )
-        return rule + text.encode(x=LEFT, y=alt.Y("at:Q"), text=alt.Text("label:N"))
+        begins = LEFT if right_of is None else alt.X("begins:Q")
+        return rule + text.encode(x=begins, y=alt.Y("at:Q"), text=alt.Text("label:N"))
     rule = base.mark_rule(color=RED, strokeDash=[6, 4], strokeWidth=2).encode(x=alt.X("at:Q"))
     place: dict[str, Any] = (
         {"baseline": "bottom", "dy": -2} if above else {"baseline": "top", "dx": 5, "dy": 4}
@@ -95,6 +102,10 @@ def shaded(
     if y is not None:
         encodings |= {"y": alt.Y("y:Q"), "y2": alt.Y2("y2")}
     return chart.encode(**encodings)
+
+
+# Where colour says something else, a legend's symbols are black unless told: unseen on a dark page.
+GREY_SYMBOLS: dict[str, Any] = {"symbolFillColor": GREY, "symbolStrokeColor": GREY}
 
 
 def legend(title: str | None = None, **more: Any) -> alt.Legend:

@@ -17,6 +17,7 @@ from planner.dashboard.choose import choose_config, words
 from planner.dashboard.state import PINNED, Current, pinned
 
 Side = tuple[Current, Mapping[str, Any]]
+HERE, ASIDE = "This scenario", "Put aside"
 
 
 def draw(current: Current) -> None:
@@ -42,7 +43,7 @@ def _sides(current: Current) -> dict[str, Side]:
     """Return what can be compared, by name: the choices of this scenario's plan and of the one put aside."""
     sides: dict[str, Side] = {}
     other = pinned()
-    for title, scenario in (("This scenario", current), ("Put aside", other)):
+    for title, scenario in ((HERE, current), (ASIDE, other)):
         answer = None if scenario is None else peek(scenario.task("plan"))
         if answer is None or scenario is None:
             continue
@@ -67,19 +68,27 @@ def _pin(current: Current) -> None:
 
 def _compare(sides: Mapping[str, Side]) -> None:
     names = list(sides)
-    columns = st.columns(2)
-    first = columns[0].selectbox("Left", names, index=0, key="compare_left")
-    second = columns[1].selectbox("Right", names, index=1, key="compare_right")
+    titles = list(dict.fromkeys(name.split(" · ")[0] for name in names))
+    if titles == [ASIDE]:
+        st.caption(
+            "Nothing is planned for the form's scenario yet (page Plan): these are choices of the one put aside."
+        )
+    # Two scenarios are compared by what is best in each, one by its first two choices.
+    other = next(place for place, name in enumerate(names) if place and name.startswith(titles[-1]))
+    columns, mix = st.columns(2), "_".join(titles)
+    first = columns[0].selectbox("Left", names, index=0, key=f"compare_left_{mix}")
+    second = columns[1].selectbox("Right", names, index=other, key=f"compare_right_{mix}")
     left, right = sides[first], sides[second]
     rows = comparison_rows(compare(left[1], right[1]))
     st.dataframe(
         charts.frame(rows),
         hide_index=True,
-        height=35 * len(rows) + 40,
+        height=35 * (len(rows) + 1) + 3,
         key="comparison",
     )
     st.caption(
-        "At the trace's own rate, but for the sustainable one. In brackets the interval of the prediction; “unsure”: the intervals overlap."
+        "At the trace's own rate, but for the sustainable one. In brackets the interval of the prediction; “unsure”: the intervals overlap. "
+        "p95, p99: 95 or 99 of 100 requests are faster. Preemptions: requests set back because memory ran out."
     )
     st.subheader("What a million tokens cost", anchor=False)
     _cost({"Left": left, "Right": right})

@@ -39,24 +39,31 @@ def draw(plan: Mapping[str, Any], answer: Mapping[str, Any]) -> None:
         column.download_button(
             label, text, name, mime, width="stretch", on_click="ignore", key=f"file_{name}"
         )
-    exports = answer["exports"]
-    st.markdown("**Launch it** with")
-    for tab, item in zip(st.tabs([NAMES[item["engine"]] for item in exports]), exports, strict=True):
-        with tab:
-            for warning in item["warnings"]:
-                st.caption(f":material/warning: {warning}")
-            st.code(
-                item["text"],
-                language="yaml" if item["file"].endswith((".yaml", ".yml")) else "bash",
-                height=220,
-            )
-            st.download_button(
-                f"Download {item['file']}",
-                item["text"],
-                item["file"],
-                on_click="ignore",
-                key=f"export_{item['engine']}",
-            )
+    _launch({str(item["engine"]): item for item in answer["exports"]})
+
+
+@st.fragment
+def _launch(exports: Mapping[str, Mapping[str, Any]]) -> None:
+    """Draw the commands of the engine that is chosen. None is at first: what colours them keeps a browser busy for 0.4 s."""
+    engine = st.pills(
+        "Show how to launch it with", list(exports), format_func=NAMES.__getitem__, key="launch"
+    )
+    if engine is not None:
+        _commands(exports[engine])
+
+
+def _commands(item: Mapping[str, Any]) -> None:
+    for warning in item["warnings"]:
+        st.caption(f":material/warning: {warning}")
+    language = "yaml" if item["file"].endswith((".yaml", ".yml")) else "bash"
+    st.code(item["text"], language=language, height=220)
+    st.download_button(
+        f"Download {item['file']}",
+        item["text"],
+        item["file"],
+        on_click="ignore",
+        key=f"export_{item['engine']}",
+    )
 
 
 def _text(value: Any) -> str:

@@ -86,7 +86,7 @@ def _chosen(current: Current, config: ServingConfig) -> None:
 def _bar(rows: list[dict[str, Any]]) -> charts.Chart:
     order = [row["part"] for row in rows]
     return (
-        alt.Chart(charts.frame(rows), height=170)
+        alt.Chart(charts.frame(rows), height=200)
         .mark_bar(size=42)
         .encode(
             x=alt.X("gb:Q", title="GB on one GPU", stack="zero", scale=alt.Scale(nice=False)),

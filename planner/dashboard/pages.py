@@ -21,7 +21,7 @@ class Page:
 
     def show(self) -> None:
         """Draw the page for the scenario of the form, or say what is wrong with that."""
-        self.draw(current_or_stop())
+        self.draw(current_or_stop(self.title))
 
 
 PAGES = (

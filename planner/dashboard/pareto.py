@@ -45,7 +45,7 @@ def draw(current: Current) -> None:
         )
     st.caption(
         "Shaded: outside the SLO (service level objective). TP: tensor parallelism, GPUs that share one copy of the model. Shapes say on how much of "
-        "the trace a configuration was tried: poor ones are dropped early."
+        "the trace a configuration was tried: poor ones are dropped early. TTFT: time to first token; p95: 95 of 100 requests are faster."
     )
     table = charts.frame(rows).sort_values(["front", "tokens_per_s_per_gpu"], ascending=False)
     st.dataframe(
@@ -97,7 +97,7 @@ def _points(rows: list[dict[str, Any]], x: alt.X) -> alt.Chart:
             "judged_on:N",
             title="tried on",
             scale=alt.Scale(domain=pieces, range=SHAPES[: len(pieces)]),
-            legend=alt.Legend(title=None, orient="bottom", columns=1, labelLimit=260),
+            legend=alt.Legend(title=None, orient="bottom", columns=1, labelLimit=260, **charts.GREY_SYMBOLS),
         ),
         tooltip=[
             alt.Tooltip("label:N", title="configuration"),

@@ -10,7 +10,7 @@ import streamlit as st
 
 from planner.chart_rows import binding, choice_table, interval, rate_rows, shape, span
 from planner.dashboard import charts, downloads, trace_section
-from planner.dashboard.answers import answer_for
+from planner.dashboard.answers import answer_for, peek
 from planner.dashboard.choose import words
 from planner.dashboard.state import Current
 from planner.token_cost import with_price
@@ -23,29 +23,49 @@ PLAIN: dict[str, Any] = {
 
 def draw(current: Current) -> None:
     """Draw the page."""
-    st.title("Plan", anchor=False)
+    _heading(current)
+    answer = answer_for(current.task("plan"), begin=False, button="Search for a plan")
+    if answer is None:
+        st.caption(
+            "The search simulates hundreds of runs of this trace; the other pages can be used meanwhile."
+        )
+    body(current, answer)
+
+
+def lead(current: Current) -> bool:
+    """Draw the page's heading and the recommendation, and nothing that takes a browser long; False, and nothing drawn, where
+    none is known."""
+    answer = peek(current.task("plan"))
+    if answer is None or answer["plan"]["recommended"] is None:
+        return False
+    _heading(current)
+    _winner(with_price(answer["plan"], current.usd_per_gpu_hour))
+    return True
+
+
+def body(current: Current, answer: Mapping[str, Any] | None) -> None:
+    """Draw what stands below the heading: the plan, where there is one, and the trace."""
+    if answer is not None:
+        _plan(with_price(answer["plan"], current.usd_per_gpu_hour), answer)
+    st.subheader("The trace", anchor=False)
+    trace_section.draw(current.trace)
+
+
+def _heading(current: Current) -> None:
     scenario, trace = current.scenario, current.trace
+    st.title("Plan", anchor=False)
     st.caption(
         f"{trace.name}: {len(trace):,} requests at {trace.rate_rps:.2f} a second, {len(trace.adapters):,} LoRA adapters of "
         f"{scenario.model}, at most {scenario.gpus} × {scenario.gpu.upper()}. Promised (SLO): {scenario.promise}."
     )
-    answer = answer_for(current.task("plan"), begin=False, button="Search for a plan")
-    if answer is not None:
-        _plan(with_price(answer["plan"], current.usd_per_gpu_hour), answer)
-    else:
-        st.caption(
-            "The search simulates hundreds of runs of this trace; the other pages can be used meanwhile."
-        )
-    st.subheader("The trace", anchor=False)
-    trace_section.draw(trace)
 
 
 def _plan(plan: Mapping[str, Any], answer: Mapping[str, Any]) -> None:
-    best = plan["recommended"]
-    if best is None:
-        _nothing(plan)
+    recommends = plan["recommended"] is not None
+    if recommends:
+        _winner(plan)
     else:
-        _winner(plan, best)
+        _nothing(plan)
     rates, table = charts.frame(rate_rows(plan)), choice_table(plan)
     if len(rates):
         charts.show(
@@ -53,12 +73,13 @@ def _plan(plan: Mapping[str, Any], answer: Mapping[str, Any]) -> None:
         )
     if table:
         _table(table)
-    if best is not None:
+    if recommends:
         downloads.draw(plan, answer)
     _notes(plan)
 
 
-def _winner(plan: Mapping[str, Any], best: Mapping[str, Any]) -> None:
+def _winner(plan: Mapping[str, Any]) -> None:
+    best = plan["recommended"]
     st.success(f"**Recommended:** {words(best['config'])}.", icon=":material/check_circle:")
     predicted, config = best["predicted"], best["config"]
     numbers = st.columns(6)

@@ -41,12 +41,12 @@ SLO_HELP = "SLO, service level objective: what is promised for the share of the 
 
 def show() -> None:
     """Draw the form in the sidebar and make what it holds the current scenario."""
-    last, problem = _last()
+    known, problem = last()
     with st.sidebar:
         if problem:
             st.error(f"The link could not be read: {problem}. These are the defaults.")
-        values = asdict(last)
-        values |= _trace_part(last)
+        values = asdict(known)
+        values |= _trace_part(known)
         values |= _serving_part()
         values |= _promise_part()
         price = _price_part(values["gpu"])
@@ -64,7 +64,7 @@ def show() -> None:
         st.query_params.from_dict(query)
 
 
-def _last() -> tuple[Scenario, str]:
+def last() -> tuple[Scenario, str]:
     """Return the scenario that this session has, or the one of the link it began with, and what is wrong with that."""
     known = st.session_state.get("scenario")
     if isinstance(known, Scenario):
@@ -238,10 +238,15 @@ def _promise_part() -> dict[str, Any]:
     }
 
 
+def price_of(gpu: str) -> float | None:
+    """Return what a GPU costs an hour unless the form says otherwise."""
+    return load_prices(None).get(gpu)
+
+
 def _price_part(gpu: str) -> float | None:
     key = f"price_{gpu}"
     if key not in st.session_state:
-        st.session_state[key] = load_prices(None).get(gpu, 0.0)
+        st.session_state[key] = price_of(gpu) or 0.0
     price = st.number_input(
         f"US dollars per {gpu.upper()} and hour",
         0.0,

@@ -91,22 +91,28 @@ def trace_of(scenario: Scenario) -> Trace:
     return trace if scenario.rate_scale == 1.0 else trace.scaled(scenario.rate_scale)
 
 
+def current_of(scenario: Scenario, usd_per_gpu_hour: float | None) -> Current:
+    """Return a scenario with its trace. Raises as `trace_of`."""
+    return Current(scenario=scenario, trace=trace_of(scenario), usd_per_gpu_hour=usd_per_gpu_hour)
+
+
 def set_current(scenario: Scenario, usd_per_gpu_hour: float | None) -> None:
     """Make a scenario the one that pages show, or note what is wrong with it."""
     st.session_state.pop(CURRENT, None)
     try:
-        trace = trace_of(scenario)
+        current = current_of(scenario, usd_per_gpu_hour)
     except (UserError, TraceError) as error:
         st.session_state[PROBLEM] = str(error)
         return
     st.session_state.pop(PROBLEM, None)
-    st.session_state[CURRENT] = Current(scenario=scenario, trace=trace, usd_per_gpu_hour=usd_per_gpu_hour)
+    st.session_state[CURRENT] = current
 
 
-def current_or_stop() -> Current:
+def current_or_stop(title: str) -> Current:
     """Return what the form holds; where it holds nothing that can be shown, say why and end the page there."""
     found = st.session_state.get(CURRENT)
     if not isinstance(found, Current):
+        st.title(title, anchor=False)
         problem = st.session_state.get(PROBLEM, "")
         st.info(f"There is no trace to plan for yet: {problem}. The form on the left is where to mend it.")
         st.stop()

@@ -44,7 +44,8 @@ def draw(current: Current) -> None:
     )
     st.caption(
         "Rarely asked for adapters are loaded anew more often, so their requests wait longer. Misses: fewer of its own requests meet "
-        f"the SLO than the promised {current.scenario.attainment_pct:g} %; with few requests that may be chance."
+        f"the SLO than the promised {current.scenario.attainment_pct:g} %; with few requests that may be chance. "
+        "TTFT: time to first token; TPOT: time per output token; p99: 99 of 100 requests are faster."
     )
     st.dataframe(
         charts.frame(rows),
@@ -116,7 +117,7 @@ def _latency(rows: list[dict[str, Any]], bound_ms: float) -> charts.Chart:
             size=alt.Size(
                 "rank:Q",
                 title="rank",
-                legend=charts.legend("rank", values=[8, 32, 128]),
+                legend=charts.legend("rank", values=[8, 32, 128], **charts.GREY_SYMBOLS),
                 scale=alt.Scale(range=[20, 220]),
             ),
             color=alt.Color("meets:N", title="promise", scale=VERDICT, legend=charts.legend("promise")),

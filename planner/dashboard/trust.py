@@ -54,8 +54,9 @@ def _recorded(recorded: Mapping[str, Any]) -> None:
                 _scatter(recorded, family), f"scatter_{family}", f"{family}: predicted against measured"
             )
     st.caption(
-        "Each point is one number of one run: on the line it was predicted exactly. Dark band: ±5 %; light band: ±10 %. "
-        "TTFT: time to first token; TPOT: time per output token; load: the rate over what the configuration can do."
+        "Each point is one number of one run: on the line it was predicted exactly. Inner band: ±5 %; outer band: ±10 %. "
+        "TTFT: time to first token; TPOT: time per output token; p50, p95, p99: so many of 100 requests are faster; "
+        "load: the rate over what the configuration can do."
     )
     charts.show(_bias(recorded["bias"]), "bias", "Mean signed error by metric and load")
     with st.expander("All numbers"):
@@ -87,7 +88,7 @@ def _scatter(recorded: Mapping[str, Any], family: str) -> charts.Chart:
     base = alt.Chart(lines)
     title = f"predicted, {unit}"
     layers = [
-        base.mark_area(color=charts.SKY, opacity=opacity).encode(
+        base.mark_area(color=charts.GREY, opacity=opacity).encode(
             x=x,
             y=alt.Y(f"low{band}:Q", title=title, scale=scale, axis=alt.Axis(tickCount=5, format="~s")),
             y2=alt.Y2(f"high{band}"),
@@ -138,7 +139,7 @@ def _bias(rows: list[dict[str, Any]]) -> charts.Chart:
             alt.Tooltip("worst_abs_error_pct:Q", title="worst error, %", format=".1f"),
         ],
     )
-    bands = [charts.shaded(y=(-band, band), colour=charts.SKY) for band in (10, 5)]
+    bands = [charts.shaded(y=(-band, band), colour=charts.GREY) for band in (10, 5)]
     return alt.layer(*bands, bars).properties(height=380)
 
 

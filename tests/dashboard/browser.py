@@ -31,13 +31,13 @@ def find_browser() -> str | None:
 
 
 @contextlib.contextmanager
-def server() -> Iterator[str]:
-    """Serve the dashboard on a free port until the block ends; yield its address."""
+def server(script: str = "app.py") -> Iterator[str]:
+    """Serve the dashboard, or another script, on a free port until the block ends; yield its address."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     address = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "streamlit", "run", "app.py", "--server.port", str(port)]
+    command = [sys.executable, "-m", "streamlit", "run", script, "--server.port", str(port)]
     process = subprocess.Popen(
         [*command, "--server.address", "127.0.0.1"],
         cwd=ROOT,
@@ -62,10 +62,12 @@ def browser() -> Iterator[Browser]:
 
 
 def settled(page: Page, most_s: float = 120.0) -> None:
-    """Wait until the page is drawn: nothing is being worked out, no chart is empty, nothing is stale."""
+    """Wait until the page is drawn: the form is there, nothing is being worked out, no chart is empty, nothing is stale."""
     page.wait_for_selector("h1", timeout=most_s * 1e3)
     page.wait_for_function(
-        """() => !document.querySelector('[data-testid=stStatusWidget], [data-testid=stSkeleton], [data-stale=true]')
+        """() => document.querySelector('[data-testid=stSidebar] [data-testid=stNumberInput]')
+            && document.querySelector('[data-testid=stApp][data-test-script-state=notRunning]')
+            && !document.querySelector('[data-testid=stStatusWidget], [data-testid=stSkeleton], [data-stale=true]')
             && [...document.querySelectorAll('[data-testid=stVegaLiteChart]')].every(
                 chart => chart.querySelector('canvas, svg.marks'))""",
         timeout=most_s * 1e3,

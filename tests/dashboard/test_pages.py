@@ -5,10 +5,13 @@ import time
 from typing import Any
 
 import pytest
+from streamlit.testing.v1 import AppTest
 
-from planner.dashboard import state
+from planner.dashboard import state, trace_section
 from planner.dashboard.pages import PAGES
+from planner.dashboard.warm_up import warm_up
 from planner.scenario import Scenario
+from planner.task import ROOT
 from planner.trace_input import digest, read_upload
 from tests.dashboard.test_trace_input import FILES
 
@@ -69,7 +72,6 @@ def test_the_first_screen_is_a_worked_answer(open_page) -> None:
     numbers = {metric.label: metric.value for metric in page.metric}
     assert set(numbers) >= {"GPUs", "Sustains", "TTFT, p95", "TPOT, p95", "Meet the SLO"}
     assert numbers["Cost an hour"].startswith("$")
-    assert any("engine serve" in block.value for block in page.code)
     labels = [button.proto.label for button in page.get("download_button")]
     assert labels[:5] == [
         "Plan (JSON)",
@@ -78,13 +80,48 @@ def test_the_first_screen_is_a_worked_answer(open_page) -> None:
         "Configuration (JSON)",
         "Report (HTML)",
     ]
-    assert [tab.label for tab in page.tabs] == [
-        "This project's engine",
-        "vLLM",
-        "SGLang",
-        "LoRAX",
-        "KServe",
-    ]
+
+
+@pytest.mark.parametrize(
+    ("engine", "said"),
+    {"ours": "engine serve", "vllm": "vllm serve", "kserve": "LLMInferenceService"}.items(),
+)
+def test_the_commands_of_the_engine_that_is_chosen_are_shown(open_page, engine, said) -> None:
+    page = open_page("plan")
+    assert not page.code
+    page.button_group[0].set_value(engine).run()
+    assert len(page.code) == 1 and said in page.code[0].value
+
+
+def visit(**query: str) -> AppTest:
+    page = AppTest.from_file(str(ROOT / "planner" / "dashboard" / "navigation.py"), default_timeout=60)
+    for name, value in query.items():
+        page.query_params[name] = value
+    return page.run()
+
+
+def test_a_visitor_sees_the_recommendation_before_the_form_and_the_charts(open_page) -> None:
+    page = visit()
+    assert page.success[0].value.startswith("**Recommended:**")
+    assert "Sustains" in [metric.label for metric in page.metric]
+    assert not charts(page) and not page.sidebar.number_input
+    before = texts(page)
+    page.run()  # a browser asks for it by itself
+    assert len(charts(page)) == CHARTS["plan"] and widget(page.sidebar.number_input, "GPUs at most")
+    assert page.success[0].value in before
+
+
+@pytest.mark.parametrize("query", [{"gpus": "0"}, {"gpus": "3"}, {"source": "upload", "upload": "gone"}])
+def test_a_visitor_whose_answer_is_not_known_sees_the_whole_page_at_once(open_page, query) -> None:
+    page = visit(**query)
+    assert not page.exception and widget(page.sidebar.number_input, "GPUs at most")
+
+
+def test_the_server_draws_once_before_it_takes_visitors(open_page, monkeypatch) -> None:
+    drawn = []
+    monkeypatch.setattr(trace_section, "draw", drawn.append)
+    warm_up()
+    assert [len(trace) for trace in drawn] == [len(state.trace_of(Scenario()))]
 
 
 def test_a_price_changes_the_cost_and_nothing_else(open_page) -> None:
@@ -143,6 +180,7 @@ def test_an_uploaded_trace_is_found_by_its_digest(open_page) -> None:
     page = open_page("plan", source="upload", upload=digest(upload.trace))
     assert "mine: 2 requests" in texts(page)
     lost = open_page("plan", source="upload", upload="gone")
+    assert lost.title[0].value == "Plan"
     assert "not on this server (any more)" in lost.info[0].value
 
 
@@ -193,9 +231,13 @@ def test_two_choices_are_compared_and_a_scenario_can_be_put_aside(open_page) -> 
     assert (costs["$ per million output tokens"] > 0).all()
     widget(page.main.button, "Put this scenario aside").click().run()
     assert "Put aside: sample at 8.15 requests a second" in texts(page)
-    assert any("Put aside" in option for option in widget(page.main.selectbox, "Right").options)
+    left, right = (widget(page.main.selectbox, side) for side in ("Left", "Right"))
+    assert left.value.startswith("This scenario · Recommended")
+    assert right.value.startswith("Put aside · Recommended")
     widget(page.main.number_input, "Right").set_value(9.0).run()
     assert not page.exception
+    widget(page.sidebar.number_input, "GPUs at most").set_value(2).run()
+    assert "Nothing is planned for the form's scenario yet" in texts(page)
 
 
 def test_another_configuration_can_be_looked_at(open_page) -> None:
@@ -213,16 +255,16 @@ def test_a_plan_that_is_infeasible_names_the_nearest_miss(open_page) -> None:
         .task("plan")
         .key
     )
-    plan = json.loads(json.dumps(shipped.answer))
-    plan["plan"] |= {
+    found = json.loads(json.dumps(shipped.answer))
+    found["plan"] |= {
         "recommended": None,
         "fewest_gpus": None,
-        "nearest_miss": plan["plan"]["recommended"] | {"misses": "TTFT"},
+        "nearest_miss": found["plan"]["recommended"] | {"misses": "TTFT"},
     }
     current = state.Current(
         scenario=Scenario(gpus=2), trace=state.trace_of(Scenario()), usd_per_gpu_hour=None
     )
-    state.background().put(current.task("plan"), plan)
+    state.background().put(current.task("plan"), found)
     page = open_page("plan", gpus="2")
     assert "keeps the promise. The nearest" in page.main.error[0].value
     assert "What most requests miss: TTFT" in page.main.error[0].value

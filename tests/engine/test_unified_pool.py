@@ -157,7 +157,7 @@ def test_warm_pages_take_a_small_share_of_the_pool_at_most():
     scheduler = Scheduler(LIMITS, 60, {})
     for text in range(20):
         for again in range(2):
-            serve(scheduler, request((text, again), prompt=8, output=1, text=text))
+            serve(scheduler, request(f"{text}, {again}", prompt=8, output=1, text=text))
     assert scheduler.pool.num_warm == 6
 
 

@@ -114,8 +114,9 @@ def test_pareto_and_exports_and_a_report(files, capsys, tmp_path) -> None:
 
 
 @pytest.mark.slow
-def test_verify_a_recorded_run(capsys) -> None:
-    run = RUNS / "r16x32-half"
+@pytest.mark.parametrize("name", ["r16x32-half", "flood-tp1"])  # of a flood all requests come at one instant
+def test_verify_a_recorded_run(capsys, name) -> None:
+    run = RUNS / name
     code = main(["--verify", str(run), "--format", "json"])
     found = json.loads(capsys.readouterr().out)
     assert code == (0 if found["within"] else 1)

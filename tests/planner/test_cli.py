@@ -178,6 +178,49 @@ def test_what_nothing_can_meet_is_1_with_the_nearest_miss(files, capsys, flags) 
         assert "no feasible configuration within 1 GPUs" in err and "what binds" in err
 
 
+@pytest.mark.parametrize("bound", ["0.1", "7"])
+def test_the_table_says_why_there_is_no_plan_though_it_is_quiet(files, capsys, bound) -> None:
+    assert main(arguments(files, "--gpus", "1", "--quiet", "--tpot-ms", bound, "--rate-scale", "300")) == 1
+    out, err = capsys.readouterr()
+    assert err == "" and out.count("No feasible configuration") == 1
+    assert ("TPOT may be 0.1 ms" in out) == (bound == "0.1")
+    assert ("nearest miss" in out and "what binds" in out) == (bound == "7")
+    assert out.count("a decode step of one sequence") <= 1  # settings that fail alike are said once
+
+
+@pytest.mark.slow
+def test_several_kinds_of_gpu_are_compared(files, capsys) -> None:
+    given = [
+        "--trace",
+        str(files / "trace.jsonl"),
+        "--gpus",
+        "1",
+        "--gpu",
+        "h200,h100,h200,a10g",
+        "--merge",
+        "never",
+    ]
+    given += ["--max-num-seqs", "64", "--max-num-batched-tokens", "512", "--workers", "1", "--tpot-ms", "40"]
+    assert main([*given, "--format", "json"]) == 0
+    out, err = capsys.readouterr()
+    plans = json.loads(out)["by_gpu"]
+    assert list(plans) == ["h200", "h100", "a10g"]
+    rates = [plans[kind]["recommended"]["sustainable_rps"] for kind in ("h200", "h100")]
+    assert rates[0] > rates[1] > 4.0
+    assert plans["a10g"]["recommended"] is None and "TPOT" in plans["a10g"]["why_not"]
+    assert [line for line in err.splitlines() if line.startswith("planning for")] == [
+        "planning for h200",
+        "planning for h100",
+        "planning for a10g",
+    ]
+    assert any("scaled to h100 by specification" in line for line in plans["h100"]["warnings"])
+    assert not any("beyond the measured sizes" in line for line in plans["h100"]["warnings"])
+    assert main([*given, "--quiet"]) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in table[1:4]] == ["h200", "h100", "a10g"]
+    assert "highest rate: h200" in table and any(line.startswith("cheapest per token: h") for line in table)
+
+
 def test_a_burst_that_is_over_in_time_is_warned_of(files, capsys) -> None:
     """120 requests in a second meet the SLO, and that rate cannot be sustained."""
     assert main(arguments(files, "--gpus", "1", "--format", "json", "--rate-scale", "40")) == 0
@@ -212,6 +255,8 @@ def test_a_burst_that_is_over_in_time_is_warned_of(files, capsys) -> None:
         (["--cluster", "tcp://127.0.0.1:1"], "--cluster and --workers exclude each other"),
         (["--gpu", "h200,h100"], "takes neither --profile"),
         (["--engine", "vllm", "--objective", "pareto"], "--objective pareto"),
+        (["--engine", "vllm", "--merge", "hot"], "--merge is for --engine ours"),
+        (["--max-loras", "4"], "--max-loras is for --engine vllm"),
         (["--ttft-ms", "-5"], "--ttft-ms=-5"),
         (["--tpot-ms", "0"], "--tpot-ms=0"),
         (["--e2e-ms", "nan"], "--e2e-ms=nan"),

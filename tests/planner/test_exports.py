@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+from typing import Any
 
 import pytest
 
@@ -25,9 +26,48 @@ def test_every_flag_is_recorded(engine, adapters, config) -> None:
     assert made.flags and set(made.flags) <= set(recorded["options"])
     assert recorded["sources"] and recorded["version"]
     launches = [line for line in made.text.splitlines() if line.startswith("CUDA_VISIBLE_DEVICES")]
-    used = {word for line in launches for word in shlex.split(line) if word.startswith("--")}
-    assert used <= set(recorded["options"])
     assert not launches or len(launches) == config.replicas
+    for line in launches:
+        check_command(line.removesuffix(" &"), recorded["options"], recorded.get("choices", {}))
+
+
+def check_command(line: str, options: list[str], choices: dict[str, list[Any]]) -> None:
+    """Hold every flag of a command against recorded options, and every value against the flag's choices."""
+    flag = None
+    for word in shlex.split(line):
+        if word.startswith("--"):
+            flag = word
+            assert flag in options, flag
+        elif flag in choices:
+            assert word in [str(choice) for choice in choices[flag]], (flag, word)
+
+
+@pytest.mark.parametrize(
+    ("engine", "program"), [("vllm", "vllm bench serve"), ("sglang", "python -m sglang.benchmark.serving")]
+)
+def test_the_benchmark_takes_its_flags(engine, program) -> None:
+    text = export(engine, CONFIG, ADAPTERS, "trace.jsonl").text
+    (line,) = (line for line in text.splitlines() if line.startswith(program))
+    recorded = options_of(engine)
+    check_command(line, recorded["bench_options"], recorded["bench_choices"])
+    file = re.search(r"--dataset-path (\S+)", line)
+    assert file and "python -m traces export" in text and f"--out {file[1]}" in text
+    assert "adapters are drawn evenly, not by the trace" in text
+
+
+def test_lists_are_of_the_versions_that_are_named() -> None:
+    for engine, version in (("vllm", "0.33.0"), ("sglang", "0.5.23")):
+        recorded = options_of(engine)
+        assert recorded["version"] == version and len(recorded["options"]) > 400
+        assert version in recorded["sources"][0]["what"]
+
+
+def test_sglang_overlaps_loads_only_where_it_would_start() -> None:
+    """It asserts max_loaded_loras <= 2 × max_loras_per_batch with the flag."""
+    few = {name: spec for name, spec in list(ADAPTERS.items())[:8]}
+    assert "--enable-lora-overlap-loading" in export("sglang", CONFIG, few, "t").text
+    capped = ServingConfig(max_adapters_per_step=8)
+    assert "--enable-lora-overlap-loading" not in export("sglang", capped, ADAPTERS, "t").text
 
 
 def test_kserve_gives_vllm_flags_of_vllms() -> None:

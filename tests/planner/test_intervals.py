@@ -1,46 +1,116 @@
-"""Intervals: wider for what is extrapolated, wider near saturation, never without a provenance."""
+"""Intervals: by the fit's held-out errors, wider for what is extrapolated, never without a provenance."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from engine.adapter import adapters_of_trace
+from engine.config import ServingConfig
 from engine.errors import UserError
-from planner.intervals import Prediction, error_of, predictions, rate, step_error
+from engine.step import StepShape
+from planner.paced import PACES, Paced, PacedJob, StepErrors, from_json, predicted, to_json
 from planner.prices import load_prices
+from planner.pricing import Pricing
+from planner.probe import Probe, Prober
+from planner.workload import Workload
 from sim.fit import FitReport
+from sim.intervals import Interval, intervals
+from sim.profile import find_profile, load_profile
+from sim.simulate import simulate
+from traces import load, sample_path
+from traces.metrics import Slo
+
+WIDE = tuple(np.linspace(-0.1, 0.1, 201).tolist())
+PROBE = Probe(
+    scale=1.0,
+    wanted=0.95,
+    attainment=0.9,
+    aborted=False,
+    metrics={"requests": 5.0, "ttft_p95_s": 0.3, "throughput_rps": 10.0, "slo_attainment": 0.98},
+    missed={},
+    bottleneck="matmul",
+    kv_pages_max=0.1,
+    adapter_pages_max=0.1,
+    step_share=0.5,
+    provenance="interpolated",
+    extrapolated_share=0.0,
+)
+PACED = Paced(
+    metrics={
+        "requests": (5.0, 5.0, 5.0),
+        "ttft_p95_s": (0.1, 0.2, 0.4),
+        "throughput_rps": (10.0, 10.0, 10.0),
+        "slo_attainment": (1.0, 0.9, 0.6),
+    },
+    decode_share=0.7,
+)
 
 
-def report(*errors: float) -> FitReport:
-    return FitReport(operators=(), steps=None, step_errors=np.array(errors))
+def errors(*off: float) -> StepErrors:
+    shapes = (StepShape(decode_rows=1, decode_kv_tokens=9, sample_rows=1),) * len(off)
+    report = FitReport(operators=(), steps=None, step_errors=np.array(off), step_shapes=shapes)
+    return StepErrors(report=report)
 
 
-def test_the_error_is_the_held_out_ninth_decile() -> None:
-    assert step_error(report(*np.linspace(-0.1, 0.1, 201))) == pytest.approx(0.09)
-    assert step_error(report(0.001)) == 0.02
-    assert step_error(report()) == 0.15
+def width(interval: Interval) -> float:
+    return interval.high / interval.low
 
 
-def test_extrapolation_widens() -> None:
-    assert error_of(0.04, 0.0) == 0.04
-    assert error_of(0.04, 1.0) == pytest.approx(0.15)
-    assert error_of(0.08, 1.0) == pytest.approx(0.24)
-    assert error_of(0.04, 0.5) == pytest.approx(0.095)
+def test_the_typical_error_is_the_held_out_ninth_decile_and_wider_beyond_what_was_measured() -> None:
+    # Both kinds of step draw from the same errors here, half the time each: narrower than one kind's 9 %.
+    assert errors(*WIDE).typical(0.0) == pytest.approx(0.068, abs=0.006)
+    assert errors(*WIDE).typical(1.0) > 3 * errors(*WIDE).typical(0.0)
+    assert StepErrors(report=None).typical(0.0) == pytest.approx(0.15 / 2**0.5, rel=0.06)
+    assert StepErrors(report=None, sd=0.02).typical(0.0) < 0.03
 
 
-def test_load_amplifies_latencies_but_not_the_offered_rate() -> None:
-    values = {"ttft_p95_s": 0.2, "throughput_rps": 10.0, "slo_attainment": 0.9, "requests": 5.0}
-    found = predictions(values, "interpolated", 0.1, load=0.5)
-    assert (found["ttft_p95_s"].low, found["ttft_p95_s"].high) == pytest.approx((0.16, 0.24))
-    assert (found["throughput_rps"].low, found["throughput_rps"].high) == pytest.approx((9.5, 10.5))
-    assert (found["slo_attainment"].low, found["slo_attainment"].high) == pytest.approx((0.88, 0.92))
+def test_a_metric_moves_as_it_did_on_the_window_around_its_own_value() -> None:
+    found = predicted(PROBE, PACED, errors(*WIDE), 20.0)
+    ttft = found["ttft_p95_s"]
+    assert ttft.low < ttft.value == 0.3 < ttft.high
+    assert ttft.high / 0.3 > 1.15  # twice as late with steps a quarter slower: it amplifies ±9 %
+    assert found["throughput_rps"].high == pytest.approx(10.0, rel=0.005)
+    assert found["slo_attainment"].high == 1.0 and 0.85 < found["slo_attainment"].low < 0.96
     assert found["requests"].low == found["requests"].high == 5.0
+    rate = found["sustainable_rps"]
+    assert 18.0 < rate.low < 20.0 < rate.high < 22.5
     assert all(item.provenance == "interpolated" for item in found.values())
-    assert rate(11.0, "extrapolated", 0.1).low == pytest.approx(10.0)
+
+
+def test_extrapolation_widens_every_interval() -> None:
+    outside = replace(PROBE, extrapolated_share=1.0, provenance="extrapolated")
+    near, far = (predicted(probe, PACED, errors(*WIDE), 20.0) for probe in (PROBE, outside))
+    for name in ("ttft_p95_s", "sustainable_rps"):
+        assert width(far[name]) > 1.3 * width(near[name]) and far[name].provenance == "extrapolated"
+
+
+@pytest.mark.slow
+def test_it_is_the_simulators_own_interval() -> None:
+    """On a trace no longer than the window both simulate the same requests."""
+    trace = load(sample_path()).head(150)
+    config = ServingConfig(max_model_len=4096)
+    pricing = Pricing(load_profile(find_profile(config)))
+    specs = adapters_of_trace(trace.adapters)
+    prober = Prober(workload=Workload.of(trace), slo=Slo(), adapters=specs, price=pricing, simulate=simulate)
+    probe = prober(config, "trace", 1.0, watch=True)
+    ours = predicted(
+        probe, PacedJob(config=config).run(prober), StepErrors(report=pricing(config).report), 1.0
+    )
+    names = ("ttft_p95_s", "tpot_p50_s", "e2e_p95_s")
+    for name, theirs in intervals(trace, config, pricing(config), names, adapters=specs).items():
+        assert ours[name].value == theirs.value
+        assert (ours[name].low, ours[name].high) == pytest.approx((theirs.low, theirs.high), rel=0.05)
+
+
+def test_what_is_known_survives_the_journal() -> None:
+    assert from_json(json.loads(json.dumps(to_json(PACED)))) == PACED
+    assert len(PACES) == 3
 
 
 def test_what_cannot_be_told_is_null() -> None:
-    value = Prediction(float("nan"), float("nan"), float("inf"), "interpolated").to_json()
+    value = Interval(float("nan"), float("nan"), float("inf"), "interpolated").to_json()
     assert value == {"value": None, "low": None, "high": None, "provenance": "interpolated"}
 
 

@@ -92,7 +92,7 @@ def shared_prompts() -> Trace:
 def test_copies_of_a_trace_share_no_prefix() -> None:
     twice = repeated(shared_prompts(), 2).columns.prefix_blocks
     assert twice is not None
-    assert twice[:4] == shared_prompts().columns.prefix_blocks
+    assert twice[:4] == tuple(shared_prompts().columns.prefix_blocks or ())
     assert twice[4:] == ((3, 4), (3, 5), None, (3, 4))
 
 

@@ -13,7 +13,7 @@ from engine.config import ServingConfig
 from engine.errors import UserError
 from sim.__main__ import main
 from sim.agreement import by_group, by_request, by_step, kind_of
-from sim.costs import costs_for
+from sim.costs import StepCosts, costs_for
 from sim.intervals import Interval, PacedSteps, family_of, intervals, stretch_of
 from sim.noise import noise_of, twins
 from sim.profile import parse_profile
@@ -177,14 +177,12 @@ def test_an_interval_holds_a_machine_that_is_off_by_what_whole_steps_were_off():
     assert again["tpot_p50_s"] == tpot  # by seed
 
 
-def test_outside_what_was_measured_intervals_are_wider():
+def test_outside_what_was_measured_intervals_are_wider(monkeypatch):
     trace, config = workload(requests=12), ServingConfig()
-    near, far = costs_of(config), costs_of(config)
-    near.provenance = lambda shape: "interpolated"
-    far.provenance = lambda shape: "extrapolated"
     widths = {}
-    for costs in (near, far):
-        found = intervals(trace, config, costs, ["tpot_p50_s"])["tpot_p50_s"]
+    for kind in ("interpolated", "extrapolated"):
+        monkeypatch.setattr(StepCosts, "provenance", lambda costs, shape, kind=kind: kind)
+        found = intervals(trace, config, costs_of(config), ["tpot_p50_s"])["tpot_p50_s"]
         widths[found.provenance] = found.high / found.low - 1
     assert widths["extrapolated"] > max(0.25, 2 * widths["interpolated"])
 

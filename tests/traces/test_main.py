@@ -78,6 +78,7 @@ def test_duration_times_rate_is_the_number_of_requests(capsys: pytest.CaptureFix
         (["synth", "--prompt-range", "5"], "--prompt-range must be LOW,HIGH, not 5"),
         (["synth", "--prompt-range", "5,2"], "lengths must be LOW,HIGH"),
         (["synth", "--seed", "-1"], "Invalid value for '--seed'"),
+        (["synth", "--like", "x"], "Invalid value for '--like': 'x' is not one of 'azure-conv'"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(

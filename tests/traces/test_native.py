@@ -1,5 +1,6 @@
 import gzip
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -168,12 +169,11 @@ def test_save_is_reproducible_and_does_not_overwrite_unasked(tmp_path: Path) -> 
 def test_save_leaves_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trace = load(write(tmp_path / "t.jsonl", GOOD))
 
-    def full(path: Path, data: bytes) -> int:
-        with path.open("wb") as file:
-            file.write(data[:5])
+    def full(trace: Trace) -> Iterator[str]:
+        yield '{"id":0'
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr("traces.native.to_lines", full)
     with pytest.raises(TraceError, match="cannot be written: no space left on device"):
         save(trace, tmp_path / "out.jsonl")
     assert [path.name for path in tmp_path.iterdir()] == ["t.jsonl"]
