@@ -26,6 +26,9 @@ STRENGTHS = (
 )  # of the pull towards 1; the one with the smallest held-out error is taken
 
 
+HELD_UP = 1.3  # times what the GPU's work takes: the host's launches held the step up
+
+
 @dataclass(frozen=True, slots=True)
 class Correction:
     """step = constant + Σ factor · group."""
@@ -54,6 +57,12 @@ def correct(groups_us: Floats, measured_us: Floats) -> tuple[Correction, FitQual
     factors = dict(zip(GROUPS, weights[1:].tolist(), strict=True))
     fit = quality("whole step", "corrected sum", _predict(weights, groups_us), held_out, measured_us)
     return Correction(float(weights[0]), factors), fit, held_out / measured_us - 1
+
+
+def launches_us(work_us: Floats, measured_us: Floats) -> float:
+    """Return what the host takes to launch an eager step's kernels: the median of the steps that took far longer than the GPU's work. 0: none did."""
+    late = measured_us[measured_us > HELD_UP * work_us]
+    return float(np.median(late)) if 2 * len(late) > len(measured_us) else 0.0
 
 
 def _predict(weights: Floats, groups_us: Floats) -> Floats:

@@ -3,7 +3,7 @@
     step = L · (Σ matmul + elementwise + decode attention + prefill attention + LoRA) + head + sample + collectives
 
 with tokens padded to the graphs' sizes as the engine pads them. Then whole measured steps correct each group
-by a factor ≥ 0.
+by a factor ≥ 0. A step larger than any graph is launched kernel by kernel, and takes no less than the host needs for that.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from engine.graph_sizes import padded_tokens
 from engine.model_shape import ModelShape, load_model_shape
 from engine.step import StepShape
 from sim.compose import Layer, Slower, layer_of
-from sim.correct import GROUPS, Correction, correct
+from sim.correct import GROUPS, Correction, correct, launches_us
 from sim.exchange import Exchange, exchange_of
 from sim.fit import FitReport, fit_operators
 from sim.parallel import ParallelSteps, covered, measured_shapes, nearest, with_base
@@ -51,6 +51,9 @@ class StepCosts:
         )
         self._parallel = None if setting.tp == 1 else _parallel_of(profile, setting)
         self._correction, self.report = _correction_of(profile, self._parallel)
+        self._launches_s = (
+            _eager_launches_us(profile) * setting.model.num_layers / profile.model.num_layers * 1e-6
+        )
         self._dense: dict[
             int, tuple[float, float, float]
         ] = {}  # padded tokens -> matmuls etc., head etc., collectives
@@ -82,6 +85,7 @@ class StepCosts:
         host = 1.0 if setting.gpu is None else Slower.of(profile.gpu_spec, gpu_spec(setting.gpu)).host
         self._transfer = Price(self._fits.transfer.stretched((host,)).scaled(1e-6), ("num_bytes",))
         self._measured = frozenset(profile.steps)
+        self._captured_tokens = setting.graph_max_tokens
         self._exchange_s = None if setting.exchange == "local" else self._lora_exchange_s
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -109,6 +113,8 @@ class StepCosts:
             )
             if self._exchange_s is not None:
                 total_s += self._exchange_s(shape)
+            if tokens > self._captured_tokens:
+                total_s = max(total_s, self._launches_s)
         return total_s
 
     def decode_run(self, shape: StepShape, steps: int) -> DecodeRun:
@@ -149,6 +155,8 @@ class StepCosts:
             parts["LoRA"] = self._lora_s(shape)
             if self._exchange_s is not None:
                 parts["collectives"] += self._exchange_s(shape)
+            if shape.tokens > self._captured_tokens:
+                parts["launches"] = max(0.0, self._launches_s - sum(parts.values()))
         return parts
 
     def provenance(self, shape: StepShape) -> Provenance:
@@ -159,6 +167,8 @@ class StepCosts:
         """
         if self.setting.gpu is not None:
             return "extrapolated"
+        if shape.lora_adapters and shape.tokens > self._captured_tokens:
+            return "extrapolated"  # the host's launches vary by three times
         if self._parallel is not None:
             return self._parallel_provenance(self._parallel, shape)
         if not self._layer.measured or not self._within(shape):
@@ -307,7 +317,7 @@ def _parallel_of(profile: Profile, setting: Setting) -> ParallelSteps | None:
 
 @lru_cache(maxsize=32)
 def _correction_of(profile: Profile, parallel: ParallelSteps | None) -> tuple[Correction, FitReport]:
-    """Correct a composition by whole steps: of one GPU, or of several. Each is corrected once."""
+    """Correct a composition by whole steps that ran as graphs: of one GPU, or of several. Each is corrected once."""
     fits = fit_operators(profile)
     if parallel is None:
         model, steps, steps_us = profile.model, profile.steps, profile.steps_us
@@ -316,10 +326,29 @@ def _correction_of(profile: Profile, parallel: ParallelSteps | None) -> tuple[Co
         parallel = with_base(parallel, profile.parallel)
         model, steps, steps_us = parallel.model, parallel.steps, parallel.steps_us
         layer = layer_of(fits, profile, model, parallel.tp, parallel.exchange, parallel.collectives)
+    captured = [i for i, shape in enumerate(steps) if shape.tokens <= profile.graph_max_tokens]
+    steps, steps_us = tuple(steps[i] for i in captured), steps_us[captured]
     groups = np.array([_groups_us(profile, model, layer, shape) for shape in steps]).reshape(-1, len(GROUPS))
     correction, quality, errors = correct(groups, steps_us)
-    report = FitReport(operators=fits.quality, steps=quality, step_errors=errors, step_shapes=tuple(steps))
+    report = FitReport(operators=fits.quality, steps=quality, step_errors=errors, step_shapes=steps)
     return correction, report
+
+
+@lru_cache(maxsize=32)
+def _eager_launches_us(profile: Profile) -> float:
+    """Return what the host takes to launch a step with adapters that no graph is large enough for."""
+    correction, _ = _correction_of(profile, None)
+    layer = layer_of(fit_operators(profile), profile, profile.model, 1)
+    rows = [
+        (_groups_us(profile, profile.model, layer, shape), us)
+        for shape, us in zip(profile.steps, profile.steps_us.tolist(), strict=True)
+        if shape.tokens > profile.graph_max_tokens and shape.lora_adapters
+    ]
+    if not rows:
+        return 0.0
+    factors = np.array([correction.factors[name] for name in GROUPS])
+    work_us = np.array([groups for groups, _ in rows]) @ factors + correction.constant_us
+    return launches_us(work_us, np.array([us for _, us in rows]))
 
 
 def _groups_us(profile: Profile, model: ModelShape, layer: Layer, shape: StepShape) -> tuple[float, ...]:
