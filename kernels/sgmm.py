@@ -13,6 +13,8 @@ arithmetic. The gated DOWN is written by a kernel of its own first (`stage_down_
 the product come from shared memory: ptxas 12.8 miscompiles a pipelined wgmma whose A operand was computed in registers
 (kernels/lora_expand.py). And what is taken out in place is, bit for bit, what was put in.
 
+Three kernels: any shape and rank; blocks that fill every weight, in one loop over all of a program's tiles; and kernels/sgmm_panel.py.
+
 Source: LoRA-Switch, arXiv:2405.17741 (no code was published; table, tiles and the pristine form are ours).
 """
 
@@ -22,9 +24,12 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.sgmm_launch import NUM_SMS, SgmmTuning, sgmm_tuning
+from kernels.sgmm_launch import NUM_SMS, PLAIN, SgmmTuning, sgmm_tuning
+from kernels.sgmm_panel import sgmm_panel_kernel
 from kernels.sgmm_plan import RECORD_COLUMNS, SgmmPlan
 from kernels.sgmm_stage import address, check_route, size, stage_down_
+
+LONGEST_RUN = 128  # tiles below each other for which a panel stays
 
 
 @triton.jit
@@ -211,11 +216,21 @@ class Sgmm:
     def __init__(self, plan: SgmmPlan, tuning: SgmmTuning | None = None) -> None:
         self.plan = plan
         self.rank = max(weight.rank for weight in plan.weights)
-        self.tuning = tuning = tuning or sgmm_tuning(plan.segments * self.rank)
+        self.inner = plan.segments * self.rank
+        self.tuning = tuning = tuning or sgmm_tuning(self.inner)
+        self.panel = tuning.panel and self._takes_panel(tuning)
+        if tuning.panel and not self.panel:
+            self.tuning = tuning = PLAIN
         self.block_k = min(tuning.block_k, max(16, triton.next_power_of_2(self.rank)))
         self.even = plan.fits(tuning.block_out, tuning.block_in, self.block_k)
-        self.flat = tuning.flatten and self.even and all(item.rank == self.rank for item in plan.weights)
-        self.tiles, self.starts = plan.tiles(tuning.block_out, tuning.block_in)
+        self.flat = tuning.flatten and self.even and self._one_rank()
+        blocks, self.programs = (tuning.block_out, tuning.block_in), NUM_SMS * tuning.programs_per_sm
+        if self.panel:
+            self.block_k = tuning.panel_block_k(self.inner)
+            self.overlap = tuning.overlap and self.inner > self.block_k
+            self.tiles, self.starts = plan.runs(*blocks, self.programs, LONGEST_RUN)
+        else:
+            self.tiles, self.starts = plan.tiles(*blocks)
 
     def merge_(self, route: torch.Tensor, *, weight: int | None = None) -> None:
         """Write W = source + UP · DOWN of all weights in one launch, or of one weight; DOWN as `stage_down_` left it.
@@ -223,19 +238,43 @@ class Sgmm:
         route: [segments] int32, this token's k experts and, in place, the last one's. Raises ValueError on shape, dtype or device mismatch.
         """
         check_route(self.plan, route)
-        first, end = (self.starts[0], self.starts[-1]) if weight is None else self.starts[weight : weight + 2]
+        first, end = self._range(weight)
         tuning = self.tuning
-        options = {"num_warps": tuning.num_warps, "num_stages": tuning.num_stages}
+        options: dict[str, int] = {"num_warps": tuning.num_warps}
         if tuning.max_registers and route.is_cuda:
             options["maxnreg"] = tuning.max_registers
-        grid = (min(end - first, NUM_SMS * tuning.programs_per_sm),)
+        grid = (min(end - first, self.programs),)
         arguments = (self.plan.stage, self.plan.records, self.tiles, route, first, end - first)
         blocks = {"BLOCK_OUT": tuning.block_out, "BLOCK_IN": tuning.block_in, "BLOCK_K": self.block_k}
         common = {"SEGMENTS": self.plan.segments, "COLUMNS": RECORD_COLUMNS, **blocks, **options}
-        if self.flat:
-            sgmm_flat_kernel[grid](*arguments, RANK=self.rank, **common)
+        if self.panel:
+            constants = {"RANK": self.rank, "RING": tuning.num_stages, "OVERLAP": self.overlap}
+            sgmm_panel_kernel[grid](*arguments, **constants, **common)
+        elif self.flat:
+            sgmm_flat_kernel[grid](*arguments, RANK=self.rank, num_stages=tuning.num_stages, **common)
         else:
-            sgmm_kernel[grid](*arguments, EVEN=self.even, **common)
+            sgmm_kernel[grid](*arguments, EVEN=self.even, num_stages=tuning.num_stages, **common)
+
+    def _range(self, weight: int | None) -> tuple[int, int]:
+        """Return which tiles, or runs of them, a launch takes."""
+        if weight is not None:
+            return self.starts[weight], self.starts[weight + 1]
+        return self.starts[-2] if self.panel else 0, self.starts[-1]
+
+    def _one_rank(self) -> bool:
+        return all(item.rank == self.rank for item in self.plan.weights)
+
+    def _takes_panel(self, tuning: SgmmTuning) -> bool:
+        """Return whether kernels/sgmm_panel.py can do it."""
+        device = self.plan.stage.device
+        return (
+            tuning.panel_fits(self.inner)
+            and self._one_rank()
+            and self.plan.dtype.itemsize == 2
+            and self.plan.fits(tuning.block_out, tuning.block_in, 1)
+            and device.type == "cuda"
+            and torch.cuda.get_device_capability(device)[0] == 9
+        )
 
 
 def sgmm_(plan: SgmmPlan, route: torch.Tensor, gates: torch.Tensor, tuning: SgmmTuning | None = None) -> None:

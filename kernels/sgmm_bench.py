@@ -89,6 +89,8 @@ def sweep(
     for tuning in tunings:
         try:
             merge = Sgmm(plan, tuning)
+            if merge.tuning is not tuning:  # a panel that does not fit
+                continue
             us = graph_us(partial(merge.merge_, route), replays)
         except Exception as error:  # the next one may run
             failed(tuning.name, error)

@@ -17,6 +17,7 @@ TARGET, SOURCE, UP, DOWN, STAGE, OUT, IN, RANK = range(8)
 TARGET_STRIDE, SOURCE_STRIDE, UP_STRIDE, DOWN_STRIDE, STAGE_ROWS = range(8, 13)
 RECORD_COLUMNS = 16
 GROUP_ROWS = 8  # tiles that run at the same time are near squares of so many rows of blocks, so that they share factors in L2
+PANEL_TILES = 2  # what it costs to load a panel of DOWN, about: only how launches of one weight are cut
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +94,28 @@ class SgmmPlan:
         starts = np.cumsum([0] + [len(tiles) for tiles in lists]).tolist()
         return torch.from_numpy(np.concatenate(lists)).to(self.records.device), starts
 
+    def runs(
+        self, block_out: int, block_in: int, programs: int, longest: int
+    ) -> tuple[torch.Tensor, list[int]]:
+        """Return runs of tiles, one below the other, int32 [n, 4] (weight, row, column, tiles), and where lists of them begin, with the end.
+
+        A list for each weight, for launches of one weight by so many programs; then one of all weights, long runs first, so that programs
+        that take them in turn get about as much each.
+        """
+        shapes = [weight.target.shape for weight in self.weights]
+        lists = [
+            _runs_of(
+                index, shape, block_out, block_in, _spread(shape, block_out, block_in, programs, longest)
+            )
+            for index, shape in enumerate(shapes)
+        ]
+        every = np.concatenate(
+            [_runs_of(index, shape, block_out, block_in, longest) for index, shape in enumerate(shapes)]
+        )
+        lists.append(every[np.argsort(-every[:, 3], kind="stable")])
+        starts = np.cumsum([0] + [len(runs) for runs in lists]).tolist()
+        return torch.from_numpy(np.concatenate(lists)).to(self.records.device), starts
+
 
 def plan_sgmm(weights: Sequence[SgmmWeight], top_k: int, *, in_place: bool, staged: bool = True) -> SgmmPlan:
     """Return the plan of merging `top_k` experts into each of the weights.
@@ -167,6 +190,29 @@ def _tiles_of(weight: int, out: int, inp: int, block_out: int, block_in: int) ->
     tiles[:, 0] = weight
     tiles[:, 1:3] = blocks * (block_out, block_in)
     return tiles
+
+
+def _spread(shape: torch.Size, block_out: int, block_in: int, programs: int, longest: int) -> int:
+    """Return how long the runs of one weight should be: the last program done soonest, a panel costing as much as PANEL_TILES tiles."""
+    tiles, columns = shape[0] // block_out, shape[1] // block_in
+    parts = min(
+        range(1, tiles + 1),
+        key=lambda parts: -(-parts * columns // programs) * (-(-tiles // parts) + PANEL_TILES),
+    )
+    return min(longest, -(-tiles // parts))
+
+
+def _runs_of(weight: int, shape: torch.Size, block_out: int, block_in: int, longest: int) -> np.ndarray:
+    """Return a weight's runs of about as many tiles each; those of the same rows, which share UP, side by side."""
+    tiles, columns = shape[0] // block_out, shape[1] // block_in
+    parts = -(-tiles // longest)
+    edges = np.arange(parts + 1) * tiles // parts
+    runs = np.zeros((len(edges) - 1, columns, 4), np.int32)
+    runs[..., 0] = weight
+    runs[..., 1] = (edges[:-1] * block_out)[:, None]
+    runs[..., 2] = np.arange(columns) * block_in
+    runs[..., 3] = np.diff(edges)[:, None]
+    return runs.reshape(-1, 4)
 
 
 @cache

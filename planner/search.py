@@ -8,6 +8,7 @@
 5. *Trace*: the highest rate of the best, and of the second if it is close, on the whole trace.
 6. *Fewest GPUs*: shapes in the order of their GPUs, from those that could just do it, on the whole trace at the
    rate that is asked for, until one meets the SLO.
+   Whoever may still sustain more than the best, as far as is known by then, is looked at closer.
 7. *Turning away*: only where nobody does it by serving every request, a scheduler that refuses who would be late.
 8. What is to be shown is simulated once more at the rate that is asked for; what was not judged on the
    whole trace, only on the busiest WINDOW_REQUESTS.
@@ -106,6 +107,7 @@ class Search:
         self.routing()
         self.whole_trace()
         self.fewest_gpus()
+        self.settle()
         self.turning_away()
         if front:
             self.front()
@@ -182,6 +184,22 @@ class Search:
         least_rps = best.sustainable_rps * (1 - CLOSE)
         rivals = [trial.config for trial in ranked[1:FINALISTS] if trial.sustainable_rps >= least_rps]
         self._challenge("the whole trace", rivals, "trace")
+
+    def settle(self) -> None:
+        """Look closer at those who, as far as is known, may sustain more of the whole trace than the best."""
+        best = self._leader("trace")
+        if best is None:
+            return
+        open_ = [
+            t
+            for t in self._ranked_on("trace")
+            if t.above_rps > best.sustainable_rps * (1 + TIE) and t is not best
+        ]
+        work = [
+            self._ledger.rate_job(t.config, "trace", best.sustainable_rps, TRACE_TOLERANCE, 0.02)
+            for t in open_
+        ]
+        self._ledger.rates("the whole trace", work)
 
     def turning_away(self) -> None:
         """Where nobody meets the SLO at the rate asked for by serving all, try who turns away requests, if the space has it."""

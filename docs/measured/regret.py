@@ -4,6 +4,8 @@
 
 A space: a stretch of a workload, an SLO, GPUs, and a few values a dimension. Exhaustively, every configuration of it (settings × policies ×
 routing, with all GPUs in replicas) gets its highest sustainable rate on the whole trace, to within 0.5 %; the search's choice gets the same.
+Attainment is not monotone in the rate: with some hundred requests it crosses the bound several times within 4 %, and which crossing a search
+ends at is chance. So where the two differ by more than a tie, both get the mean of what searches from STARTS end at.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from planner.pricing import Pricing
 from planner.probe import Prober
 from planner.search import search
 from planner.space import Space, choices, settings
-from planner.trial import most_rate
+from planner.trial import TIE, most_rate
 from planner.variants import Variants
 from planner.workers import Workers
 from planner.workload import Workload, max_model_len
@@ -42,6 +44,7 @@ from traces.synth import Workload as Arrivals
 PAGE = Path(__file__).parent.parent / "planning.md"
 BEGIN, END = "<!-- regret: begin -->", "<!-- regret: end -->"
 TOLERANCE = 0.005
+STARTS = (0.9, 0.93, 0.96, 0.99, 1.02, 1.05, 1.08)  # times the rate found
 
 CONVERSATION = Arrivals(
     rate_rps=6.0,
@@ -185,14 +188,18 @@ def measure(case: Case, profile: Profile, requests: int) -> Regret:
     began_s = time.process_time()
     trials = [_rate(prober, config) for config in everything(space, prober, case.slo)]
     ranked = most_rate([trial for trial in trials if trial is not None])
-    known = {trial.config: trial for trial in ranked}
+    known = {trial.config: trial.sustainable_rps for trial in ranked}
+    exhaustive_s = time.process_time() - began_s
+    best = ranked[0].config
+    if known[chosen] < known[best] * (1 - TIE):
+        known |= {config: _mean_rps(prober, config, known[config]) for config in (chosen, best)}
     return Regret(
         name=case.name,
         configurations=len(ranked),
-        exhaustive_s=time.process_time() - began_s,
+        exhaustive_s=exhaustive_s,
         search_s=searched_s,
-        chosen_rps=known[chosen].sustainable_rps,
-        recommended_rps=ranked[0].sustainable_rps,
+        chosen_rps=known[chosen],
+        recommended_rps=known[best],
         highest_rps=max(trial.sustainable_rps for trial in ranked),
     )
 
@@ -217,7 +224,13 @@ def everything(space: Space, prober: Prober, slo: Slo) -> list[ServingConfig]:
     return list(dict.fromkeys(found))
 
 
-def _rate(prober: Prober, config: ServingConfig) -> Any:
+def _mean_rps(prober: Prober, config: ServingConfig, near_rps: float) -> float:
+    """Return the mean of the rates at which searches from several starts end."""
+    found = [_rate(prober, config, start * near_rps, 0.02) for start in STARTS]
+    return statistics.fmean(trial.sustainable_rps for trial in found)
+
+
+def _rate(prober: Prober, config: ServingConfig, guess_rps: float | None = None, reach: float = 0.3) -> Any:
     limit = bounds(prober.workload.trace, config.with_changes(replicas=1), prober.price(config), prober.slo)
     if limit.reason(prober.slo) is not None:
         return None
@@ -225,10 +238,10 @@ def _rate(prober: Prober, config: ServingConfig) -> Any:
     job = RateJob(
         configs=(config,),
         piece="trace",
-        guess_rps=0.6 * ceiling_rps,
+        guess_rps=guess_rps or 0.6 * ceiling_rps,
         ceiling_rps=(ceiling_rps,),
         tolerance=TOLERANCE,
-        reach=0.3,
+        reach=reach,
     )
     return job.run(prober)[0]
 

@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kernels import sgmm, sgmm_ref, sgmm_stage
-from kernels.sgmm_launch import CANDIDATES, SgmmTuning
+from kernels import sgmm, sgmm_panel, sgmm_ref, sgmm_stage
+from kernels.sgmm_launch import CANDIDATES, PLAIN, SgmmTuning
 from kernels.sgmm_plan import SgmmWeight, plan_sgmm
+from tests.kernels.gluon_emulation import Emulated
 from tests.kernels.tolerances import assert_close, relative_error
 
 SMALL = SgmmTuning(block_out=32, block_in=64, block_k=16, num_warps=4)
@@ -152,6 +153,102 @@ def test_reference_computes_the_same(target, in_place):
     assert_close(plan.stage, plan_ref.stage)
     for mine, theirs in zip(weights, others, strict=True):
         assert_close(mine.target, theirs.target, dtype)
+
+
+PANEL = SgmmTuning(block_out=64, block_in=64, block_k=32, num_warps=4, programs_per_sm=1, panel=True)
+TALL = ((384, 64), (64, 192), (128, 128))  # (out, in): columns of tiles for runs
+
+
+@pytest.mark.parametrize(("programs", "longest"), [(1, 128), (5, 3), (132, 2)])
+def test_runs_cover_every_tile_once(programs, longest):
+    """All weights' by the last list, each weight's by its own; the last list's long runs first."""
+    weights = weights_of(("cpu", torch.float16), TALL)
+    runs, starts = plan_sgmm(weights, 2, in_place=False).runs(64, 32, programs, longest)
+    assert len(starts) == len(TALL) + 2
+    for first, end, indices in [
+        *((starts[index], starts[index + 1], [index]) for index in range(len(TALL))),
+        (starts[-2], starts[-1], range(len(TALL))),
+    ]:
+        found = [
+            (weight, row + 64 * turn, column)
+            for weight, row, column, tiles in runs[first:end].tolist()
+            for turn in range(tiles)
+        ]
+        wanted = [
+            (index, row, column)
+            for index in indices
+            for row in range(0, TALL[index][0], 64)
+            for column in range(0, TALL[index][1], 32)
+        ]
+        assert sorted(found) == wanted
+    lengths = runs[starts[-2] :, 3].tolist()
+    assert lengths == sorted(lengths, reverse=True) and max(lengths) <= longest
+    assert starts[1] == (2 if programs == 1 else 4 if programs == 5 else 12)  # of 6 x 2 tiles
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize(
+    "tuning",
+    [
+        replace(PANEL, block_k=128, num_stages=2),
+        PANEL,
+        replace(PANEL, overlap=True),
+        replace(PANEL, num_stages=5),
+        replace(PANEL, num_stages=6, overlap=True, block_in=32, block_k=16),
+    ],
+    ids=lambda tuning: tuning.name,
+)
+def test_a_panel_stays_while_weights_go_by(monkeypatch, tuning, in_place):
+    """Emulated: as many runs as make each program take several, -1 in the route, all weights at once and one by one."""
+    monkeypatch.setattr(sgmm.Sgmm, "_takes_panel", lambda self, tuning: tuning.panel_fits(self.inner))
+    monkeypatch.setattr(sgmm, "NUM_SMS", 2)
+    monkeypatch.setattr(sgmm, "LONGEST_RUN", 3)
+    dtype = torch.bfloat16
+    weights = weights_of(("cpu", dtype), TALL, in_place=in_place, seed=1)
+    others = weights_of(("cpu", dtype), TALL, in_place=in_place, seed=1)
+    sources = [weight.source.clone() for weight in weights]
+    plan, single = (plan_sgmm(each, 2, in_place=in_place) for each in (weights, others))
+    memory = [t for w in weights + others for t in (w.target, w.source, w.up, w.down)]
+    emulated = Emulated(sgmm_panel, "sgmm_panel_kernel", memory)
+    monkeypatch.setattr(sgmm, "sgmm_panel_kernel", emulated)
+    merge, merge_single = sgmm.Sgmm(plan, tuning), sgmm.Sgmm(single, tuning)
+    assert merge.panel and merge.tuning is tuning
+    route = route_of([0] * plan.segments, "cpu")
+    for indices, values in (([1, 3], [0.6, 0.3]), ([0, -1], [0.9, 0.0])):
+        if in_place:
+            route[2:] = route[:2].clone()
+        route[:2] = route_of(indices, "cpu")
+        gates = gates_of(values, "cpu")
+        for each in (plan, single):
+            sgmm_ref.stage_down_(each, route, gates)
+        merge.merge_(route)
+        for index in range(len(TALL)):
+            merge_single.merge_(route, weight=index)
+        for weight, other, source in zip(weights, others, sources, strict=True):
+            assert_close(weight.target, dense(weight, source, route[:2], gates), dtype)
+            assert torch.equal(weight.target, other.target)
+
+
+def test_what_a_panel_cannot_do_is_done_without():
+    """Blocks that do not fill, two ranks, four bytes, no Hopper: the plain kernel."""
+    for shapes, dtype, ranks in ((ODD, torch.float16, (16, 16)), (EVEN, torch.float32, (16, 32))):
+        weights = [
+            weights_of(("cpu", dtype), [shape], rank=rank)[0]
+            for shape, rank in zip(shapes, ranks, strict=True)
+        ]
+        merge = sgmm.Sgmm(plan_sgmm(weights, 2, in_place=False), PANEL)
+        assert not merge.panel and merge.tuning is PLAIN
+
+
+def test_tunings_have_names_of_their_own():
+    assert len({tuning.name for tuning in CANDIDATES}) == len(CANDIDATES)
+
+
+@pytest.mark.parametrize("tuning", [t for t in CANDIDATES if t.panel], ids=lambda tuning: tuning.name)
+def test_every_panel_fits_a_form_it_is_for(tuning):
+    assert any(tuning.panel_fits(inner) for inner in (128, 256, 512))
+    assert tuning.num_stages > 1 + tuning.overlap
+    assert not tuning.panel_fits(24 * 2) or tuning.panel_block_k(48) == 16
 
 
 @pytest.mark.gpu
