@@ -193,16 +193,39 @@ def running(server: Server):
         process.stop()
 
 
+class Broken:
+    """Stands for a part of an engine, whose class may be compiled, until one of its methods is called, which raises."""
+
+    def __init__(self, engine, owner, method):
+        self._engine, self._owner, self._method = engine, owner, method
+        self._part = getattr(engine, owner)
+
+    def __getattr__(self, name):
+        return self._raise if name == self._method else getattr(self._part, name)
+
+    def __setattr__(self, name, value):
+        if name in ("_engine", "_owner", "_method", "_part"):
+            object.__setattr__(self, name, value)
+        else:
+            setattr(self._part, name, value)
+
+    def _raise(self, *arguments, **options):
+        setattr(self._engine, self._owner, self._part)
+        raise RuntimeError("a secret in /home/secret/file.py")
+
+
 def break_once(process, owner, method):
-    """Make a method of the engine's parts raise when it is called next."""
+    """Make a method of the engine, or of one of its parts, raise when it is called next."""
 
     def arm(engine):
-        part = getattr(engine, owner) if owner else engine
+        if owner:
+            setattr(engine, owner, Broken(engine, owner, method))
+            return
 
         def boom(*arguments, **options):
-            delattr(part, method)
+            delattr(engine, method)
             raise RuntimeError("a secret in /home/secret/file.py")
 
-        object.__setattr__(part, method, boom)
+        setattr(engine, method, boom)
 
     process.inspect(arm)
