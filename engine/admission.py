@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from engine.prefills import Prefills
 from engine.queues import QueueView, WaitingQueue
 from engine.residency import AdapterState
@@ -21,7 +19,6 @@ LOOKAHEAD_REQUESTS = 64  # so many waiting requests are looked at for admission 
 WATERMARK_SHARE = 0.01  # admission leaves so much of the pool free while others run, for their growth
 
 
-@dataclass(slots=True)
 class _Kept:
     """What nobody may overtake the first waiting request into.
 
@@ -29,10 +26,13 @@ class _Kept:
     idle_adapter: the one that is there, while there is no room for its prompt.
     """
 
-    pages: int = 0
-    slots: int = 0
-    adapter: str | None = None
-    idle_adapter: str | None = None
+    __slots__ = ("adapter", "idle_adapter", "pages", "slots")
+
+    def __init__(self) -> None:
+        self.pages = 0
+        self.slots = 0
+        self.adapter: str | None = None
+        self.idle_adapter: str | None = None
 
 
 class Admission:

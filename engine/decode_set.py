@@ -7,9 +7,9 @@ O(changes).
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from heapq import heappop, heappush
 
 from engine.residency import AdapterFootprint
 from engine.sequence import Phase, Sequence
@@ -73,10 +73,9 @@ class DecodeSet:
         self._growth: list[dict[Sequence, None]] = [{} for _ in range(page_tokens)]
         self._finish_at: dict[int, dict[Sequence, None]] = {}
         self._finish_ticks: list[int] = []  # heap of the keys of _finish_at
-        self._longest: list[
-            tuple[int, int, Sequence]
-        ] = []  # heap by −(KV at join − join tick), cleaned lazily
-        self._longest_base: int | None = None  # the largest of them; None: to be looked up
+        self._bases: dict[int, int] = {}  # KV tokens at join − join tick -> how many have it
+        self._longest: list[int] = []  # heap of its keys, negative, cleaned lazily
+        self._longest_base: int | None = None  # the largest key; None: to be looked up
         self._joined: list[Sequence] = []
         self._left: list[Sequence] = []
 
@@ -97,11 +96,14 @@ class DecodeSet:
         bucket = self._finish_at.get(finish_tick)
         if bucket is None:
             self._finish_at[finish_tick] = {sequence: None}
-            heapq.heappush(self._finish_ticks, finish_tick)
+            heappush(self._finish_ticks, finish_tick)
         else:
             bucket[sequence] = None
         self.kv_base += base
-        heapq.heappush(self._longest, (-base, sequence.order, sequence))
+        alike = self._bases.get(base, 0)
+        self._bases[base] = alike + 1
+        if not alike:
+            heappush(self._longest, -base)
         if self._longest_base is not None and base > self._longest_base:
             self._longest_base = base
         self.size += 1
@@ -118,8 +120,13 @@ class DecodeSet:
         del self._finish_at[sequence.finish_tick][sequence]
         base = sequence.prefill_tokens - sequence.join_tick
         self.kv_base -= base
-        if base == self._longest_base:
-            self._longest_base = None
+        alike = self._bases[base] - 1
+        if alike:
+            self._bases[base] = alike
+        else:
+            del self._bases[base]
+            if base == self._longest_base:
+                self._longest_base = None
         self.size -= 1
         if self._joined and sequence in self._joined:
             self._joined.remove(sequence)
@@ -163,7 +170,7 @@ class DecodeSet:
         """Return how many ticks pass before the one in which a sequence makes its last token; 0 where there is none."""
         ticks = self._finish_ticks
         while ticks and not self._finish_at[ticks[0]]:
-            del self._finish_at[heapq.heappop(ticks)]
+            del self._finish_at[heappop(ticks)]
         return ticks[0] - self.tick if ticks else 0
 
     def kv_tokens(self) -> int:
@@ -179,11 +186,9 @@ class DecodeSet:
 
     def _look_up_longest(self) -> int:
         longest = self._longest
-        while True:  # somebody decodes
-            negative_base, _, sequence = longest[0]
-            if sequence.phase is _DECODE and sequence.prefill_tokens - sequence.join_tick == -negative_base:
-                return -negative_base
-            heapq.heappop(longest)
+        while -longest[0] not in self._bases:  # somebody decodes
+            heappop(longest)
+        return -longest[0]
 
     def take_changes(self) -> tuple[list[Sequence], list[Sequence]]:
         """Hand over who joined and who left since the last call."""
@@ -206,5 +211,8 @@ class DecodeSet:
         assert set(sequences) == {s for bucket in self._growth for s in bucket}
         assert set(sequences) == {s for bucket in self._finish_at.values() for s in bucket}
         assert self.kv_base == sum(s.prefill_tokens - s.join_tick for s in sequences)
+        bases = [s.prefill_tokens - s.join_tick for s in sequences]
+        assert self._bases == {base: bases.count(base) for base in bases}
+        assert not bases or self.longest_kv() == max(bases) + self.tick + 1
         assert self.lora.tokens == sum(s.resident is not None for s in sequences)
         assert sorted(self._finish_at) == sorted(self._finish_ticks)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
+from typing import Any
 
 
-@dataclass(slots=True, unsafe_hash=True)
+@dataclass(slots=True, unsafe_hash=True, init=False)
 class Request:
     """A value: nobody changes it (not `frozen`, which makes it three times as slow to make; a simulation makes millions).
 
@@ -20,5 +21,31 @@ class Request:
     arrival_s: float
     prompt_tokens: int
     output_tokens: int
-    adapter: str | None = None
-    page_keys: tuple[Hashable, ...] | None = None
+    adapter: str | None
+    page_keys: tuple[Hashable, ...] | None
+
+    def __init__(
+        self,
+        request_id: int | str,
+        arrival_s: float,
+        prompt_tokens: int,
+        output_tokens: int,
+        adapter: str | None = None,
+        page_keys: tuple[Hashable, ...] | None = None,
+    ) -> None:
+        self.request_id = request_id
+        self.arrival_s = arrival_s
+        self.prompt_tokens = prompt_tokens
+        self.output_tokens = output_tokens
+        self.adapter = adapter
+        self.page_keys = page_keys
+
+    def __reduce__(self) -> tuple[Any, ...]:  # it travels to replicas; a compiled `__new__` calls `__init__`
+        return Request, (
+            self.request_id,
+            self.arrival_s,
+            self.prompt_tokens,
+            self.output_tokens,
+            self.adapter,
+            self.page_keys,
+        )

@@ -99,6 +99,8 @@ class Router:
         if self.policy == "round_robin":
             self._next += 1
             return alive[(self._next - 1) % len(alive)]
+        if len(alive) == 1:
+            return alive[0]
         if self.policy == "adapter_affinity" and adapter is not None:
             total = sum(loads[replica] for replica in alive)
             bound = AFFINITY_LOAD_FACTOR * (total + tokens) / len(alive)

@@ -54,8 +54,12 @@ class Clock(simpy.Environment):
     def run(self, until: Any = None) -> Any:
         """Run until nothing is left to happen, or as SimPy's `run` says. The first case has a loop of its own."""
         if until is None:
-            queue, step = self._queue, self.step
+            queue: list[Any] = self._queue
             while queue:
-                step()
+                if len(queue[0]) == 5:  # as in `step`, without a call for it
+                    self._now, _, _, callback, argument = heappop(queue)
+                    callback(argument)
+                else:
+                    super().step()
             return None
         return super().run(until)

@@ -81,6 +81,7 @@ class StepCosts:
             )
             for regime in self._layer.lora
         )
+        self._host_s: dict[int, float] = {}  # by rows and chunks
         self._host = Price(self._fits.host.scaled(1e-6), ("rows", "chunks"))
         host = 1.0 if setting.gpu is None else Slower.of(profile.gpu_spec, gpu_spec(setting.gpu)).host
         self._transfer = Price(self._fits.transfer.stretched((host,)).scaled(1e-6), ("num_bytes",))
@@ -126,7 +127,12 @@ class StepCosts:
 
     def host_s(self, shape: StepShape) -> float:
         """CPU time of one turn of the engine's loop: plan, pack, launch, complete."""
-        return self._host.at(shape.decode_rows, shape.prefill_chunks)
+        rows, chunks = shape.decode_rows, shape.prefill_chunks
+        key = (chunks << 32) + rows
+        found = self._host_s.get(key)
+        if found is None:
+            found = self._host_s[key] = self._host.at(rows, chunks)
+        return found
 
     def load_s(self, num_bytes: int) -> float:
         """Time to copy an adapter of so many bytes to the GPU."""

@@ -1,7 +1,8 @@
 """An `Envelope` as a plain function: the cost model is asked four times a step, which numpy is slow at.
 
 The formula is written out as Python source with its numbers in it and compiled once a fit: 0.35 µs a question, where a loop over the ramps
-takes 2 to 4 (broken lines over three sizes, a core of the development machine, 2026-11-22).
+takes 2 to 4 (broken lines over three sizes, a core of the development machine, 2026-11-22). Where this module itself is compiled
+(`make compiled`), the loop is native and faster than the source.
 """
 
 from __future__ import annotations
@@ -10,11 +11,46 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from math import inf
 
+from engine.compiled import folder
 from sim.additive import Additive, Ramp
 from sim.envelope import Envelope
 
+COMPILED = folder() is not None
+
 # The straight line `slope · x + base` up to x = `end`: (end, slope, base).
 _Piece = tuple[float, float, float]
+
+
+class _Feature:
+    """What a limit says of one size: straight lines one behind the other, the last without an end."""
+
+    __slots__ = ("bases", "ends", "index", "pieces", "slopes")
+
+    def __init__(self, index: int, pieces: list[_Piece]) -> None:
+        self.index = index
+        self.pieces = pieces
+        self.ends = [end for end, _, _ in pieces]
+        self.slopes = [slope for _, slope, _ in pieces]
+        self.bases = [base for _, _, base in pieces]
+
+    def place(self, size: float) -> int:
+        """Return which line a size is on."""
+        place = 0
+        for end in self.ends:
+            if size < end:
+                break
+            place += 1
+        return place
+
+
+class _Limit:
+    """One of the sums of which a price is the largest."""
+
+    __slots__ = ("constant", "features")
+
+    def __init__(self, constant: float, features: list[_Feature]) -> None:
+        self.constant = float(constant)
+        self.features = features
 
 
 class Price:
@@ -24,13 +60,13 @@ class Price:
 
     def __init__(self, model: Envelope, names: Sequence[str]) -> None:
         self._limits = [
-            (
+            _Limit(
                 limit.constant,
-                [(index, _pieces(limit, index)) for index in sorted({r.index for r in limit.ramps})],
+                [_Feature(index, _pieces(limit, index)) for index in sorted({r.index for r in limit.ramps})],
             )
             for limit in model.limits
         ]
-        self.at: Callable[..., float] = self._compiled(names)
+        self.at: Callable[..., float] = self._summed if COMPILED else self._compiled(names)
 
     def line(self, sizes: Sequence[float], per_step: Sequence[float], steps: int) -> tuple[float, int]:
         """Return the slope of the price when sizes grow by `per_step` from step to step, and over how many steps (1 … `steps`) it holds.
@@ -38,18 +74,17 @@ class Price:
         The price is the largest of its limits: the one that is largest now stays it until a steeper one has caught up.
         """
         most = float(steps - 1)
-        lines = []
-        for value, features in self._limits:
-            slope = 0.0
-            for index, pieces in features:
-                size, grows = sizes[index], per_step[index]
-                for end, per_unit, base in pieces:  # noqa: B007 the last has no end
-                    if size < end:
-                        break
-                value += per_unit * size + base
+        lines: list[tuple[float, float]] = []
+        for limit in self._limits:
+            value, slope = limit.constant, 0.0
+            for feature in limit.features:
+                size, grows = sizes[feature.index], per_step[feature.index]
+                place = feature.place(size)
+                per_unit = feature.slopes[place]
+                value += per_unit * size + feature.bases[place]
                 if grows:
                     slope += per_unit * grows
-                    room = (end - size) / grows
+                    room = (feature.ends[place] - size) / grows
                     if room < most:
                         most = room
             lines.append((value, slope))
@@ -59,13 +94,26 @@ class Price:
                 most = min(most, (largest - value) / (slope - steepest))
         return steepest, int(most) + 1
 
+    def _summed(self, *sizes: float) -> float:
+        """Price a point without the source: what is faster where this module is compiled itself."""
+        largest = -inf
+        for limit in self._limits:
+            value = limit.constant
+            for feature in limit.features:
+                size = sizes[feature.index]
+                place = feature.place(size)
+                value += feature.slopes[place] * size + feature.bases[place]
+            if value > largest:
+                largest = value
+        return largest
+
     def _compiled(self, names: Sequence[str]) -> Callable[..., float]:
         lines = [f"def price({', '.join(names)}):"]
         # Python compares and multiplies two floats several times faster than a float and a large int.
         lines += [f"    {name} *= 1.0" for name in names]
-        for number, (constant, features) in enumerate(self._limits):
+        for number, limit in enumerate(self._limits):
             total = " + ".join(
-                [repr(float(constant)), *(f"({_source(pieces, names[i])})" for i, pieces in features)]
+                [repr(limit.constant), *(f"({_source(f.pieces, names[f.index])})" for f in limit.features)]
             )
             lines.append(f"    {'other' if number else 'largest'} = {total}")
             if number:

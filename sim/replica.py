@@ -167,9 +167,10 @@ class Replica:
         return self._switches.between(before, step.merged)
 
     def _run_alone(self, step: Step, gpu_s: float, now_s: float) -> Next:
-        host_s = self._costs.host_s(step.shape)
+        shape = step.shape
+        host_s = self._costs.host_s(shape)
         duration_s = gpu_s if gpu_s > host_s else host_s
-        self.observer.ran(step.shape, now_s, duration_s, gpu_s)
+        self.observer.ran(shape, now_s, duration_s, gpu_s)
         self._planned = self._plan(now_s)
         return now_s + duration_s, self._end
 
@@ -178,10 +179,11 @@ class Replica:
         step = self._running
         assert step is not None
         self._running = None
-        if step.prefills or step.finishing:
+        finishing = step.finishing
+        if finishing or step.prefills:
             self.observer.completed(step, now_s)
         self.scheduler.complete(step)
-        for sequence in step.finishing:
+        for sequence in finishing:
             self._on_end(sequence)
         return self._start_from_idle(now_s) if self._planned is None else self._begin(now_s)
 

@@ -10,13 +10,18 @@ from dataclasses import dataclass
 from math import ceil, sqrt
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, init=False)
 class DecodeRun:
     """GPU time of `steps` decode steps one after the other: number j (from 0) takes `first_s + j · slope_s`, and slope_s ≥ 0."""
 
     first_s: float
     slope_s: float
     steps: int
+
+    def __init__(self, first_s: float, slope_s: float, steps: int) -> None:
+        self.first_s = first_s
+        self.slope_s = slope_s
+        self.steps = steps
 
 
 class Segment:

@@ -104,7 +104,13 @@ def _runs(outcome: Mapping[str, Any]) -> Iterator[str]:
         cells = [run, next(iter(found.values()))["load_level"]]
         for metric, _, unit in PANELS:
             measured = found[metric]["measured"]
-            shown = "–" if measured is None else _three(unit * measured)
+            shown = (
+                "–"
+                if measured is None
+                else f"{unit * measured:,.0f}"
+                if unit * measured >= 1000
+                else f"{unit * measured:.3g}"
+            )
             cells.append(f"{shown} ({_number(found[metric]['error_pct'], sign=True)})")
         rows.append(cells)
     yield from _table(("run", "load", *(title for _, title, _ in PANELS)), rows)
@@ -272,8 +278,3 @@ def _percent(value: float | None) -> str:
 
 def _number(value: float | None, *, sign: bool = False) -> str:
     return "–" if value is None else f"{value:+.1f}" if sign else f"{value:.1f}"
-
-
-def _three(number: float) -> str:
-    """Write a number with three digits, or all of them before the point."""
-    return f"{number:,.0f}" if abs(number) >= 1000 else f"{number:.3g}"
