@@ -142,7 +142,6 @@ VISITS: dict[int, tuple[Group, ...]] = {
             config={"replicas": 2, "router": "adapter_affinity"},
         ),
     ),
-    6: (Group(name="merge-hot", runs=order("merge-hot"), config={"merge": "hot", "merge_adapter": "a0000"}),),
     5: (
         Group(
             name="real",
@@ -161,4 +160,5 @@ VISITS: dict[int, tuple[Group, ...]] = {
             ),
         ),
     ),
+    6: (Group(name="merge-hot", runs=order("merge-hot"), config={"merge": "hot", "merge_adapter": "a0000"}),),
 }
