@@ -273,14 +273,14 @@ class _Rank:
         began_s = engine.clock()
         for number in range(plan.requests):
             prompt = rng.integers(0, runner.blueprint.model.vocab_size, int(rng.integers(low, high + 1)))
+            output_tokens = int(rng.integers(low, high + 1))
+            chosen = int(rng.integers(min(plan.burst_adapters, plan.adapters)))  # drawn for the base as well
             request = Request(
                 request_id=number,
                 arrival_s=0.0,
                 prompt_tokens=len(prompt),
-                output_tokens=int(rng.integers(low, high + 1)),
-                adapter=None
-                if group is None
-                else f"{group}-{int(rng.integers(min(plan.burst_adapters, plan.adapters)))}",
+                output_tokens=output_tokens,
+                adapter=None if group is None else f"{group}-{chosen}",
             )
             outputs += request.output_tokens
             engine.add(request, prompt.astype(np.int32))

@@ -3,31 +3,30 @@
     python -m docs.measured.parallel_predictions N OUT.json
 
 
-The table's steps of both models in every mode, by the same adapters and shapes, and the bursts of 300 requests with the 8B model.
+The table's steps of both models in every mode, by the same adapters and shapes, and the 70B model's bursts (8B serves whole traces: record_runs).
 """
 
 import json
 import sys
 
+from docs.measured.many_gpus import LIMITS, PLANS
 from docs.measured.tp2_bursts import burst
 from engine.blueprint import blueprint
 from engine.config import ServingConfig
 from engine.model_shape import load_model_shape
-from engine.parallel_profile import DENSE, MODES, PREFILL_TOKENS, ParallelPlan, parallel_adapters
+from engine.parallel_profile import DENSE, PREFILL_TOKENS, parallel_adapters
 from engine.provenance import provenance
 from engine.step_profile import MadeUpStep, made_up_shape
 from sim.costs import costs_for
 from sim.profile import find_profile, load_profile
 from sim.simulate import simulate
 
-PLANS = {"llama-3.1-8b": ParallelPlan(), "llama-3.1-70b": ParallelPlan(ranks=(16, 64), adapters=16)}
-
 
 def steps(profile, model, tp):
     """Yield the table's rows with their predicted microseconds."""
     plan = PLANS[model]
     adapters = parallel_adapters(plan, tp)
-    for mode in MODES:
+    for mode in plan.modes:
         config = ServingConfig(
             model=model, tp=tp, lora_sharding=mode.lora_sharding, collectives=mode.collectives
         )
@@ -57,21 +56,28 @@ def steps(profile, model, tp):
                 }
 
 
-def bursts(profile, tp):
+def bursts(profile, model, tp):
     """Yield the bursts of the modes that serve them."""
-    vocabulary = load_model_shape("llama-3.1-8b").vocab_size
-    plan = PLANS["llama-3.1-8b"]
+    vocabulary = load_model_shape(model).vocab_size
+    plan = PLANS[model]
     everyone = parallel_adapters(plan, tp)
-    for mode in MODES[: plan.bursts]:
-        groups = [None, f"{DENSE}16"] if mode == MODES[0] else [f"{DENSE}16"]
+    for mode in plan.modes[: plan.bursts]:
+        groups = [None, f"{DENSE}16"] if mode == plan.modes[0] else [f"{DENSE}16"]
         groups += ["bd16x1", "bd16x2"] if mode.lora_sharding == "block_diagonal" else []
         for group in groups:
-            config = ServingConfig(tp=tp, lora_sharding=mode.lora_sharding, collectives=mode.collectives)
-            trace = burst(vocabulary, group is not None)
-            specs = {f"a{n}": everyone[f"{group or DENSE + '16'}-{n}"] for n in range(32)}
+            config = ServingConfig(
+                model=model,
+                tp=tp,
+                lora_sharding=mode.lora_sharding,
+                collectives=mode.collectives,
+                **LIMITS[model],
+            )
+            trace = burst(vocabulary, group is not None, plan.requests, plan.adapters)
+            specs = {f"a{n}": everyone[f"{group or DENSE + '16'}-{n}"] for n in range(plan.adapters)}
             renamed = {name: type(spec)(**_fields(spec) | {"name": name}) for name, spec in specs.items()}
             result = simulate(trace, config, costs_for(profile, config), adapters=renamed)
             yield {
+                "model": model,
                 "lora_sharding": mode.lora_sharding,
                 "collectives": mode.collectives,
                 "group": group,
@@ -92,7 +98,7 @@ def main():
         "tp": tp,
         "commit": provenance()["commit"],
         "steps": rows,
-        "bursts": list(bursts(profile, tp)),
+        "bursts": list(bursts(profile, "llama-3.1-70b", tp)),
     }
     with open(out, "w", encoding="utf-8") as file:
         file.write(

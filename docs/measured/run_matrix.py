@@ -70,24 +70,39 @@ WIDE = Traffic(adapters=100, ranks=(8, 16, 32, 64, 128), zipf_s=0.92)
 CONV, CODE, MOONCAKE = (replace(WIDE, like=like) for like in ("azure-conv", "azure-code", "mooncake"))
 TP_MODES = ("replicated", "block_diagonal", "slora", "slora_published")
 SKEWED = replace(SOME, zipf_s=2.0)  # one adapter has 62 %
+BASE = Traffic(adapters=0)
 
 
-def order(config: str) -> tuple[Run, ...]:
+def order(config: str, traffic: Traffic = SKEWED) -> tuple[Run, ...]:
     """Return the runs that order configurations: one trace at a rate that all can serve, and a flood."""
     return (
-        Run(name=f"order-{config}", traffic=SKEWED, load=0.0, seconds=20.0, rate_rps=40.0, drawn_as="order"),
-        Run(name=f"flood-{config}", traffic=SKEWED, load=2.0, seconds=1.0, drawn_as="flood", requests=300),
+        Run(name=f"order-{config}", traffic=traffic, load=0.0, seconds=20.0, rate_rps=40.0, drawn_as="order"),
+        Run(name=f"flood-{config}", traffic=traffic, load=2.0, seconds=1.0, drawn_as="flood", requests=300),
     )
 
 
-def tp_group(mode: str, *percents: int) -> Group:
-    """Return runs of one way to cut adapters over two GPUs, with 32 of them."""
+def tp_group(mode: str, *percents: int, tp: int = 2) -> Group:
+    """Return runs of one way to cut adapters over GPUs, with 32 of them."""
     bd = mode == "block_diagonal"
     return Group(
-        name=f"tp2-{mode}",
-        runs=(*levels(f"tp2-{mode}", SOME, *percents, seconds=22.0), *order(f"tp2-{mode}")),
-        config={"tp": 2, "lora_sharding": mode},
-        adapter={"kind": "bd_lora", "nblocks": 2} if bd else {},
+        name=f"tp{tp}-{mode}",
+        runs=(*levels(f"tp{tp}-{mode}", SOME, *percents, seconds=22.0), *order(f"tp{tp}-{mode}")),
+        config={"tp": tp, "lora_sharding": mode},
+        adapter={"kind": "bd_lora", "nblocks": tp} if bd else {},
+    )
+
+
+def many_gpus(gpus: int) -> tuple[Group, ...]:
+    """Return the runs on more than two GPUs: every mode and the base model alone over all of them, and as many replicas of one."""
+    replicas = f"replicas{gpus}"
+    return (
+        *(tp_group(mode, tp=gpus) for mode in TP_MODES),
+        Group(name=f"tp{gpus}-base", runs=order(f"tp{gpus}-base", BASE), config={"tp": gpus}),
+        Group(
+            name=replicas,
+            runs=(*levels(replicas, SOME, 85), *order(replicas)),
+            config={"replicas": gpus},
+        ),
     )
 
 
@@ -161,4 +176,6 @@ VISITS: dict[int, tuple[Group, ...]] = {
         ),
     ),
     6: (Group(name="merge-hot", runs=order("merge-hot"), config={"merge": "hot", "merge_adapter": "a0000"}),),
+    7: many_gpus(4),
+    8: many_gpus(8),
 }

@@ -15,21 +15,25 @@ from traces import Trace, TraceRequest
 REQUESTS, ADAPTERS, LENGTHS, SEED = 300, 32, (8, 512), 9
 
 
-def burst(vocabulary, adapters):
+def burst(vocabulary, with_adapters, requests=REQUESTS, adapters=ADAPTERS):
     """Return the requests as `engine.parallel_profile` drew them."""
     rng = np.random.default_rng(SEED)
     low, high = LENGTHS
-    requests = []
-    for number in range(REQUESTS):
+    drawn = []
+    for number in range(requests):
         prompt = rng.integers(0, vocabulary, int(rng.integers(low, high + 1)))
         output = int(rng.integers(low, high + 1))
-        adapter = f"a{rng.integers(ADAPTERS)}" if adapters else None
-        requests.append(
+        adapter = f"a{rng.integers(adapters)}"
+        drawn.append(
             TraceRequest(
-                id=number, arrival_s=0.0, prompt_tokens=len(prompt), output_tokens=output, adapter=adapter
+                id=number,
+                arrival_s=0.0,
+                prompt_tokens=len(prompt),
+                output_tokens=output,
+                adapter=adapter if with_adapters else None,
             )
         )
-    return Trace(requests, "burst")
+    return Trace(drawn, "burst")
 
 
 def main():

@@ -32,14 +32,17 @@ def world(tmp_path_factory):
     return World(tmp_path_factory.mktemp("tp"))
 
 
+@pytest.mark.parametrize(
+    "tp", [2, pytest.param(4, marks=pytest.mark.skipif(GPUS < 4, reason="needs four GPUs"))]
+)
 @pytest.mark.parametrize(("sharding", "collectives"), MODES)
-def test_every_mode_equals_the_dense_computation(world, monkeypatch, sharding, collectives):
+def test_every_mode_equals_the_dense_computation(world, monkeypatch, sharding, collectives, tp):
     """In CUDA graphs, and the engine ends: NCCL would wait for graphs that still use it, and for ranks that do not part."""
     steps = Logits(monkeypatch)
-    names = ["r8", "r3", "bd2"]
+    names = ["r8", "r3", f"bd{tp}"]
     config = ServingConfig(
         model=str(world.folder),
-        **(CONFIG | {"backend": "triton", "tp": 2, "lora_sharding": sharding, "collectives": collectives}),
+        **(CONFIG | {"backend": "triton", "tp": tp, "lora_sharding": sharding, "collectives": collectives}),
     )
     runner = build_runner(config, {name: world.specs[name] for name in names})
     try:
