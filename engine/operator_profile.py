@@ -51,6 +51,7 @@ MATMUL_TOKENS = (
 ELEMENTWISE_TOKENS = (1, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 LINEARS = ("qkv", "o", "gate_up", "down")
 ROTATED_BYTES = 400_000_000
+ONE_LONG = -1.0  # in place of a skew: one sequence of 8,000 tokens among others
 TRANSFER_BYTES = (65536, 2**20, 2**21, 8 * 2**20, 32 * 2**20, 84 * 2**20, 256 * 2**20)
 
 
@@ -169,10 +170,15 @@ def _decode_rows(runner: Runner, tp: int, thin: int) -> Iterator[dict[str, Any]]
     rng = np.random.default_rng(tp)
     cases = [(rows, kv, 0.0) for rows in (1, 4, 16, 32, 64, 128, 256) for kv in (64, 256, 1024, 4096)]
     cases += [(rows, kv, 1.0) for rows in (4, 16, 64, 256) for kv in (256, 1024)]  # skewed lengths
+    cases += [(rows, kv, 0.0) for rows in (1, 2, 8) for kv in (512, 2048, 8000)]
+    cases += [(rows, 8000, 0.0) for rows in (4, 16)]
+    cases += [(rows, 256, ONE_LONG) for rows in (2, 4, 8, 16, 32, 64, 128)]
     most = runner.buffers.pool.shape[0] * runner.blueprint.config.page_tokens
     for rows, kv, skew in cases[::thin]:
         lens = (
-            np.full(rows, kv)
+            np.append(np.full(rows - 1, kv), 8000)
+            if skew == ONE_LONG
+            else np.full(rows, kv)
             if not skew
             else np.clip(kv * rng.lognormal(-0.5, skew, rows), 16, 8000).astype(int)
         )
@@ -254,6 +260,18 @@ def _prefill_rows(runner: Runner, tp: int, thin: int) -> Iterator[dict[str, Any]
             (2048, 0, 1),
             (512, 0, 8),
             (4096, 0, 1),
+            (128, 0, 1),
+            (768, 0, 1),
+            (100, 0, 3),
+            (512, 512, 2),
+            (64, 1024, 1),
+            (256, 1024, 1),
+            (128, 1024, 4),
+            (64, 2048, 8),
+            (64, 4096, 1),
+            (128, 7000, 1),
+            (512, 7000, 1),
+            (1024, 7000, 1),
         )
     ]
     longest = runner.blueprint.config.max_model_len

@@ -30,6 +30,8 @@ from engine.step_profile import MadeUpStep, StepBench
 ATTENTION_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 SCHEMA_VERSION = 1
 MOST_KV_TOKENS = 8000  # of a made-up decode row
+CLOCK_TOKENS = (128, 256, 512, 1024)  # of the steps whose slowing down is watched
+COOLING_STEPS, WATCHED_S = 160, 1.2  # after decode steps alone, for so long
 
 
 def profile_adapters() -> dict[str, AdapterSpec]:
@@ -41,7 +43,7 @@ def profile_adapters() -> dict[str, AdapterSpec]:
         "r64": (64, 32, None),
         "r128": (128, 12, None),
     }
-    groups |= {"qkvo8": (8, 96, ATTENTION_TARGETS), "qkvo64": (64, 16, ATTENTION_TARGETS)}
+    groups |= {"qkvo8": (8, 256, ATTENTION_TARGETS), "qkvo64": (64, 16, ATTENTION_TARGETS)}
     specs = {}
     for group, (rank, count, targets) in groups.items():
         for number in range(count):
@@ -67,6 +69,8 @@ def profile(
         if not operators[operator]:
             progress(operator)
         operators[operator].append(row | {"us": round(row["us"], 3)})
+    progress("the clock under load")
+    clock = _profile_clock(bench, config, quick=quick)
     progress("host")
     host = _profile_host(runner)
     return {
@@ -81,6 +85,7 @@ def profile(
         **provenance(),
         "operators": dict(operators),
         "steps": steps,
+        "clock": clock,
         "host": host,
     }
 
@@ -138,14 +143,14 @@ def _corners(max_num_seqs: int) -> Iterator[MadeUpStep]:
         for kv in (128, 1024):
             yield MadeUpStep(decodes=((kv, None),) * rows)
         for name in ("r16", "qkvo8", "r64"):
-            count = {"r16": 200, "qkvo8": 96, "r64": 32}[name]
+            count = {"r16": 200, "qkvo8": 256, "r64": 32}[name]
             yield MadeUpStep(decodes=tuple((256, f"{name}-{row % count}") for row in range(rows)))
             yield MadeUpStep(decodes=((256, f"{name}-0"),) * rows)
 
 
 def _adapter_group(rng: np.random.Generator) -> list[str | None]:
     """Return the adapters that one step draws from: none, one, or some of one group or of several."""
-    groups = {"r16": 200, "r8": 32, "r32": 24, "r64": 32, "r128": 12, "qkvo8": 96, "qkvo64": 16}
+    groups = {"r16": 200, "r8": 32, "r32": 24, "r64": 32, "r128": 12, "qkvo8": 256, "qkvo64": 16}
     kind = rng.random()
     if kind < 0.15:
         return [None]
@@ -190,7 +195,7 @@ def _random_chunks(
 
 def _profile_lora(bench: StepBench, *, quick: bool) -> list[dict[str, Any]]:
     """Time one layer's shrink and expand by tokens, distinct adapters and rank."""
-    counts = {"r8": 32, "r16": 200, "r32": 24, "r64": 32, "r128": 12, "qkvo8": 96, "qkvo64": 16}
+    counts = {"r8": 32, "r16": 200, "r32": 24, "r64": 32, "r128": 12, "qkvo8": 256, "qkvo64": 16}
     ranks = {"r8": 8, "r16": 16, "r32": 32, "r64": 64, "r128": 128, "qkvo8": 8, "qkvo64": 64}
     config = bench.runner.blueprint.config
     layers = bench.runner.blueprint.model.num_layers
@@ -235,6 +240,25 @@ def _lora_row(bench: StepBench, wanted: MadeUpStep, group: str, rank: int, layer
         "token_bytes": shape.lora_token_bytes // layers,
         "us": round(us, 3),
     }
+
+
+# ---- the clock ----
+
+
+def _profile_clock(bench: StepBench, config: ServingConfig, *, quick: bool) -> list[dict[str, Any]]:
+    """Run a prompt again and again, from when the GPU has only decoded for a while: how its steps slow down as power is averaged."""
+    rows = []
+    cooling = MadeUpStep(decodes=((256, None),) * min(32, config.max_num_seqs))
+    for tokens in CLOCK_TOKENS:
+        if tokens > min(config.max_num_batched_tokens, config.graph_max_tokens):
+            continue
+        bench.series_us(cooling, 2 if quick else COOLING_STEPS)
+        prompt = MadeUpStep(chunks=((0, tokens, None),))
+        count = (
+            4 if quick else round(WATCHED_S * 1e6 / (4500 + 18 * tokens))
+        )  # about what it takes on an H200
+        rows.append({"tokens": tokens, "us": [round(us, 1) for us in bench.series_us(prompt, count)]})
+    return rows
 
 
 # ---- the host ----

@@ -19,11 +19,14 @@ from engine.residency import AdapterFootprint, AdapterState, ResidentAdapter
 from engine.runner import Runner
 from engine.sequence import Phase, Sequence
 from engine.step import PrefillChunk, Step, StepShape
-from engine.timing import event_us, synchronize
+from engine.timing import event_us, series_us, synchronize
 
 # A step is run about 50 ms long before it is timed: that many tokens go through an 8B model then, and a small step takes as long as so many tokens,
-# because the weights are read.
-WARMUP_TOKENS, TOKENS_OF_WEIGHTS, MOST_WARMUP = 2048, 192, 12
+# because the weights are read. One with prompts 250 ms: its products take more power than the GPU may draw for longer than about 100 ms, and then
+# the clock falls.
+TOKENS_OF_WEIGHTS = 192
+WARMUP_TOKENS, MOST_WARMUP = 2048, 12
+HEATING_TOKENS, MOST_HEATING = 10_240, 40
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,9 +82,16 @@ class StepBench:
     def measure_us(self, wanted: MadeUpStep) -> tuple[StepShape, float]:
         """Return a step's shape and its median time on a GPU that has been at it for a while, as one that serves has."""
         step, batch = self.prepare(wanted)
+        prompts = step.shape.prefill_tokens > 0
+        total, most = (HEATING_TOKENS, MOST_HEATING) if prompts else (WARMUP_TOKENS, MOST_WARMUP)
         # Not by the clock: under tensor parallelism all ranks must run it as often.
-        warmup = min(MOST_WARMUP, 1 + WARMUP_TOKENS // max(step.shape.tokens, TOKENS_OF_WEIGHTS))
+        warmup = min(most, 1 + total // max(step.shape.tokens, TOKENS_OF_WEIGHTS))
         return step.shape, event_us(self.caller(step, batch), self.runner.device, warmup=warmup)
+
+    def series_us(self, wanted: MadeUpStep, count: int) -> list[float]:
+        """Return the times of `count` runs of a step one after the other, from the first on."""
+        step, batch = self.prepare(wanted)
+        return series_us(self.caller(step, batch), self.runner.device, count)
 
     def caller(self, step: Step, batch: DeviceBatch) -> Callable[[], None]:
         """Return what runs a prepared step once."""

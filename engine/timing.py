@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 
@@ -45,6 +46,19 @@ def event_us(
     torch.cuda.synchronize(device)
     times = sorted(started.elapsed_time(ended) * 1e3 for started, ended in pairs)
     return float(times[len(times) // 2])
+
+
+def series_us(call: Callable[[], object], device: torch.device, count: int) -> list[float]:
+    """Return the microseconds of each of `count` calls one after the other."""
+    if device.type != "cuda":
+        return [event_us(call, device) for _ in range(count)]
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
+        call()
+        mark.record()
+    torch.cuda.synchronize(device)
+    return [before.elapsed_time(after) * 1e3 for before, after in pairwise(marks)]
 
 
 def synchronize(device: torch.device) -> None:

@@ -307,6 +307,11 @@ def lora_expand_kernel(
                     y_rows, stride_y, h, stride_plane, stride_bridge, width_of_bridge, splits, row_count, table + entry, pool, scale,
                     rank, h_first, n_first, n_count, width, 16, 16, 256, STAGES, UNIT, EVEN, PDL,
                 )  # fmt: skip
+            elif TILE_TOKENS == 16 and h_first % 4 + rank > 64:
+                expand_tile_apart(
+                    y_rows, stride_y, h, stride_plane, stride_bridge, width_of_bridge, splits, row_count, table + entry, pool, scale,
+                    rank, h_first, n_first, n_count, width, 16, 128, 64, STAGES, UNIT, EVEN, PDL,
+                )  # fmt: skip
             elif TILE_TOKENS == 16:
                 expand_tile(
                     y_rows, stride_y, h, stride_plane, stride_bridge, width_of_bridge, splits, row_count, table + entry, pool, scale,
