@@ -285,6 +285,7 @@ def _prefill_rows(runner: Runner, tp: int, thin: int) -> Iterator[dict[str, Any]
             "chunks": len(chunks),
             "pairs": sum(length * start + length * (length + 1) // 2 for length, start in chunks),
             "kv_tokens": sum(length + start for length, start in chunks),
+            "kv_max": max(length + start for length, start in chunks),
             "us": _prefill_us(runner, tp, chunks, tokens),
         }
 

@@ -31,7 +31,8 @@ ATTENTION_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 SCHEMA_VERSION = 1
 MOST_KV_TOKENS = 8000  # of a made-up decode row
 CLOCK_TOKENS = (128, 256, 512, 1024)  # of the steps whose slowing down is watched
-COOLING_STEPS, WATCHED_S = 160, 1.2  # after decode steps alone, for so long
+CLOCK_DECODES = (0, 1, 2, 3, 5, 8)  # decode steps between two of them, at the largest size
+COOLING_STEPS, WATCHED_S = 160, 1.0  # after decode steps alone, for so long
 
 
 def profile_adapters() -> dict[str, AdapterSpec]:
@@ -246,18 +247,20 @@ def _lora_row(bench: StepBench, wanted: MadeUpStep, group: str, rank: int, layer
 
 
 def _profile_clock(bench: StepBench, config: ServingConfig, *, quick: bool) -> list[dict[str, Any]]:
-    """Run a prompt again and again, from when the GPU has only decoded for a while: how its steps slow down as power is averaged."""
+    """Run a step with a prompt again and again, from when the GPU has only decoded for a while, alone and with decode steps between: how it slows
+    down as power is averaged."""
     rows = []
-    cooling = MadeUpStep(decodes=((256, None),) * min(32, config.max_num_seqs))
-    for tokens in CLOCK_TOKENS:
-        if tokens > min(config.max_num_batched_tokens, config.graph_max_tokens):
-            continue
-        bench.series_us(cooling, 2 if quick else COOLING_STEPS)
-        prompt = MadeUpStep(chunks=((0, tokens, None),))
-        count = (
-            4 if quick else round(WATCHED_S * 1e6 / (4500 + 18 * tokens))
-        )  # about what it takes on an H200
-        rows.append({"tokens": tokens, "us": [round(us, 1) for us in bench.series_us(prompt, count)]})
+    decodes = ((256, None),) * min(32, config.max_num_seqs)
+    cooling = MadeUpStep(decodes=decodes)
+    most = min(config.max_num_batched_tokens, config.graph_max_tokens)
+    for tokens in [tokens for tokens in CLOCK_TOKENS if tokens <= most]:
+        for between in CLOCK_DECODES if tokens == min(CLOCK_TOKENS[-1], most) else (0,):
+            prompt = MadeUpStep(decodes=decodes, chunks=((0, tokens - len(decodes), None),))
+            rounds_us = 4500 * (1 + between) + 18 * tokens  # about what it takes on an H200
+            rounds = 3 if quick else round(WATCHED_S * 1e6 / rounds_us)
+            bench.series_us(cooling, 2 if quick else COOLING_STEPS)
+            times = bench.series_us(prompt, rounds, cooling, between)
+            rows.append({"tokens": tokens, "decodes": between, "us": [round(us, 1) for us in times]})
     return rows
 
 

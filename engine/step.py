@@ -22,7 +22,7 @@ class StepShape:
     decode_rows: sequences that decode one token; decode_kv_tokens: Σ of the KV tokens they attend to, the new one included;
     decode_kv_max: the longest of them.
     prefill_tokens, prefill_chunks: tokens and chunks of prompts; prefill_pairs: Σ over chunks of (query, key) pairs under the causal
-    mask; prefill_kv_tokens: Σ of the KV tokens that chunks attend to.
+    mask; prefill_kv_tokens: Σ of the KV tokens that chunks attend to; prefill_kv_max: the most that one does.
     sample_rows: rows whose next token is sampled.
     lora_tokens: tokens with an adapter; lora_adapters: distinct adapters; lora_bytes: Σ weight bytes of the distinct adapters;
     lora_single_bytes: of those among them that have one decode row (their tiles take a path of their own through the kernels);
@@ -42,6 +42,7 @@ class StepShape:
     lora_bytes: int
     lora_single_bytes: int
     lora_token_bytes: int
+    prefill_kv_max: int
 
     def __init__(
         self,
@@ -58,6 +59,7 @@ class StepShape:
         lora_bytes: int = 0,
         lora_single_bytes: int = 0,
         lora_token_bytes: int = 0,
+        prefill_kv_max: int = 0,
     ) -> None:
         self.decode_rows = decode_rows
         self.decode_kv_tokens = decode_kv_tokens
@@ -72,6 +74,7 @@ class StepShape:
         self.lora_bytes = lora_bytes
         self.lora_single_bytes = lora_single_bytes
         self.lora_token_bytes = lora_token_bytes
+        self.prefill_kv_max = prefill_kv_max
 
     @property
     def tokens(self) -> int:
@@ -82,10 +85,15 @@ class StepShape:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> StepShape:
+        """Read a shape. What was written before `prefill_kv_max` was, says it as if all chunks had the same."""
+        if LAST_FIELD not in data:
+            chunks = max(1, int(data["prefill_chunks"]))
+            data = {**data, LAST_FIELD: -(-int(data["prefill_kv_tokens"]) // chunks)}
         return cls(**{name: int(data[name]) for name in SHAPE_FIELDS})
 
 
 SHAPE_FIELDS = tuple(item.name for item in fields(StepShape))
+LAST_FIELD = "prefill_kv_max"
 
 
 @dataclass(slots=True, unsafe_hash=True, init=False)

@@ -13,7 +13,7 @@ def shape_of(decoding: DecodeSet, decode_rows: int, prefills: Sequence[PrefillCh
     lora = decoding.lora
     rows = lora.rows
     tokens, adapters, distinct, token_bytes = lora.tokens, len(rows), lora.distinct_bytes, lora.token_bytes
-    prefill = pairs = kv_tokens = 0
+    prefill = pairs = kv_tokens = kv_max = 0
     samples = decode_rows
     seen: list[str] = []  # adapters that only prompts use
     for chunk in prefills:
@@ -21,6 +21,8 @@ def shape_of(decoding: DecodeSet, decode_rows: int, prefills: Sequence[PrefillCh
         prefill += length
         pairs += length * start + length * (length + 1) // 2
         kv_tokens += start + length
+        if start + length > kv_max:
+            kv_max = start + length
         samples += chunk.last
         resident = chunk.sequence.resident
         if resident is not None:
@@ -49,4 +51,5 @@ def shape_of(decoding: DecodeSet, decode_rows: int, prefills: Sequence[PrefillCh
         distinct,
         lora.single_bytes,
         token_bytes,
+        kv_max,
     )

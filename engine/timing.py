@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -48,13 +48,13 @@ def event_us(
     return float(times[len(times) // 2])
 
 
-def series_us(call: Callable[[], object], device: torch.device, count: int) -> list[float]:
-    """Return the microseconds of each of `count` calls one after the other."""
+def series_us(calls: Sequence[Callable[[], object]], device: torch.device) -> list[float]:
+    """Return the microseconds of each of these calls, one after the other."""
     if device.type != "cuda":
-        return [event_us(call, device) for _ in range(count)]
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+        return [event_us(call, device) for call in calls]
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(len(calls) + 1)]
     marks[0].record()
-    for mark in marks[1:]:
+    for call, mark in zip(calls, marks[1:], strict=True):
         call()
         mark.record()
     torch.cuda.synchronize(device)

@@ -29,7 +29,7 @@ from kernels.lora_check import (
     check_tiles,
 )
 from kernels.lora_launch import ExpandTuning
-from kernels.lora_plan import GROUPS, ROW_ALIGN_BYTES
+from kernels.lora_plan import GROUPS, ROW_ALIGN_BYTES, bridge_width
 from kernels.lora_shrink import launch_options, row_offsets
 
 
@@ -280,7 +280,10 @@ def lora_expand_kernel(
     y, bridge, scales, pool, table, tiles, num_tiles, headers, stride_y, stride_plane, stride_bridge, width_of_bridge, stride_scales, layer,
     GROUP: tl.constexpr, FIRST: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, W2: tl.constexpr, TILE_TOKENS: tl.constexpr,
     STAGES: tl.constexpr, UNIT: tl.constexpr, PDL: tl.constexpr, ROW_PATH: tl.constexpr, SUMMED: tl.constexpr,
+    HIGH_RANKS: tl.constexpr,
 ):  # fmt: skip
+    # HIGH_RANKS: ranks above 64 may come. Their case twice as fast in small tiles (one row of rank 128, a layer: 33 us against 63), the others' 5 %
+    # slower, as registers are shared (one H200, 2026-11-22).
     EVEN: tl.constexpr = W0 % 256 == 0 and W1 % 256 == 0 and W2 % 256 == 0
     let_successor_start(PDL)
     splits = tl.load(headers + GROUP * 8 + 3)
@@ -307,7 +310,7 @@ def lora_expand_kernel(
                     y_rows, stride_y, h, stride_plane, stride_bridge, width_of_bridge, splits, row_count, table + entry, pool, scale,
                     rank, h_first, n_first, n_count, width, 16, 16, 256, STAGES, UNIT, EVEN, PDL,
                 )  # fmt: skip
-            elif TILE_TOKENS == 16 and h_first % 4 + rank > 64:
+            elif TILE_TOKENS == 16 and HIGH_RANKS and h_first % 4 + rank > 64:
                 expand_tile_apart(
                     y_rows, stride_y, h, stride_plane, stride_bridge, width_of_bridge, splits, row_count, table + entry, pool, scale,
                     rank, h_first, n_first, n_count, width, 16, 128, 64, STAGES, UNIT, EVEN, PDL,
@@ -398,6 +401,7 @@ def lora_expand_(
         y, bridge, scales, pool, pool.view(torch.int32), tiles, num_tiles, headers,
         y.stride(0), bridge.stride(0), bridge.stride(1), bridge.shape[2], scales.stride(0), layer,
         GROUP=group, FIRST=first, W0=w0, W1=w1, W2=w2, TILE_TOKENS=tile_tokens, STAGES=tuning.num_stages,
-        UNIT=ROW_ALIGN_BYTES // pool.element_size(), ROW_PATH=tuning.row_path, SUMMED=summed, **launch_options(y, tuning),
+        UNIT=ROW_ALIGN_BYTES // pool.element_size(), ROW_PATH=tuning.row_path, SUMMED=summed,
+        HIGH_RANKS=bridge.shape[2] > bridge_width(64), **launch_options(y, tuning),
     )  # fmt: skip
     return y

@@ -34,6 +34,7 @@ class Witness:
         self._all_measured = True
         self.host_s = costs.host_s
         self.load_s = costs.load_s
+        self.heating = costs.heating
 
     def step_s(self, shape: StepShape) -> float:
         """GPU time of a step."""

@@ -106,8 +106,8 @@ def layer_of(
             fits.additive["attention_decode"], tp, same, (1.0, kv_heads, 1.0)
         ).stretched((1.0, slower.memory, slower.memory)),
         attention_prefill=_attention(
-            fits.additive["attention_prefill"], tp, same, (heads, 1.0, heads, kv_heads)
-        ).stretched((slower.memory, 1.0, slower.matrix, slower.memory)),
+            fits.additive["attention_prefill"], tp, same, (heads, heads, 1.0)
+        ).stretched((slower.memory, slower.matrix, slower.memory)),
         lora=tuple(
             LoraRegime(
                 regime.most_tokens,

@@ -1,7 +1,4 @@
-"""Whole measured steps correct the composed operators:
-
-one factor a group, never negative, drawn towards 1.
-"""
+"""Whole measured steps correct the composed operators: one factor a group, never negative, drawn towards 1."""
 
 from __future__ import annotations
 
@@ -26,6 +23,7 @@ STRENGTHS = (
 )  # of the pull towards 1; the one with the smallest held-out error is taken
 
 
+LEAST_STEPS = 30  # of a kind, for a correction of its own
 HELD_UP = 1.3  # times what the GPU's work takes: the host's launches held the step up
 
 
@@ -37,13 +35,38 @@ class Correction:
     factors: Mapping[str, float]
 
 
-def correct(groups_us: Floats, measured_us: Floats) -> tuple[Correction, FitQuality | None, Floats]:
-    """Fit the correction; return it, how good it is, and the relative errors held out.
+@dataclass(frozen=True, slots=True)
+class Corrections:
+    """Of decodes alone, and of steps with prompts: products of few tokens read weights, those of many are bound by what the GPU can do."""
 
-    Without steps it changes nothing.
+    decodes: Correction
+    prompts: Correction
+
+
+def correct(
+    groups_us: Floats, measured_us: Floats, prompts: NDArray[np.bool_]
+) -> tuple[Corrections, FitQuality | None, Floats]:
+    """Fit the corrections; return them, how good they are, and the relative errors held out.
+
+    prompts: which steps have them. Where there are too few of either kind, one correction does for both; without steps it changes nothing.
     """
     if not len(measured_us):
-        return Correction(0.0, dict.fromkeys(GROUPS, 1.0)), None, np.empty(0)
+        nothing = Correction(0.0, dict.fromkeys(GROUPS, 1.0))
+        return Corrections(nothing, nothing), None, np.empty(0)
+    kinds = [~prompts, prompts]
+    if min(int(kind.sum()) for kind in kinds) < LEAST_STEPS:
+        kinds = [np.ones(len(measured_us), dtype=bool)]
+    fitted, held_out, found = np.empty(len(measured_us)), np.empty(len(measured_us)), []
+    for kind in kinds:
+        weights, held_out[kind] = _correct(groups_us[kind], measured_us[kind])
+        fitted[kind] = _predict(weights, groups_us[kind])
+        found.append(Correction(float(weights[0]), dict(zip(GROUPS, weights[1:].tolist(), strict=True))))
+    fit = quality("whole step", "corrected sum", fitted, held_out, measured_us)
+    return Corrections(found[0], found[-1]), fit, held_out / measured_us - 1
+
+
+def _correct(groups_us: Floats, measured_us: Floats) -> tuple[Floats, Floats]:
+    """Return constant and factors, and what each step was predicted to take without it."""
     trials = []
     for strength in STRENGTHS:
         predicted = np.empty(len(measured_us))
@@ -53,10 +76,7 @@ def correct(groups_us: Floats, measured_us: Floats) -> tuple[Correction, FitQual
             predicted[fold] = _predict(_solve(groups_us[rest], measured_us[rest], strength), groups_us[fold])
         trials.append((float(np.abs(predicted / measured_us - 1).mean()), strength, predicted))
     _, strength, held_out = min(trials, key=lambda trial: trial[0])
-    weights = _solve(groups_us, measured_us, strength)
-    factors = dict(zip(GROUPS, weights[1:].tolist(), strict=True))
-    fit = quality("whole step", "corrected sum", _predict(weights, groups_us), held_out, measured_us)
-    return Correction(float(weights[0]), factors), fit, held_out / measured_us - 1
+    return _solve(groups_us, measured_us, strength), held_out
 
 
 def launches_us(work_us: Floats, measured_us: Floats) -> float:

@@ -3,12 +3,13 @@
     step = L · (Σ matmul + elementwise + decode attention + prefill attention + LoRA) + head + sample + collectives
 
 with tokens padded to the graphs' sizes as the engine pads them. Then whole measured steps correct each group
-by a factor ≥ 0. A step larger than any graph is launched kernel by kernel, and takes no less than the host needs for that.
+by a factor ≥ 0: decodes alone, and steps with prompts, these as on a cool GPU (`sim/heating.py`). A step
+larger than any graph is launched kernel by kernel, and takes no less than the host needs for that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -22,9 +23,10 @@ from engine.graph_sizes import padded_tokens
 from engine.model_shape import ModelShape, load_model_shape
 from engine.step import StepShape
 from sim.compose import Layer, Slower, layer_of
-from sim.correct import GROUPS, Correction, correct, launches_us
+from sim.correct import GROUPS, Correction, Corrections, correct, launches_us
 from sim.exchange import Exchange, exchange_of
 from sim.fit import FitReport, fit_operators
+from sim.heating import Heating, fit_heating
 from sim.parallel import ParallelSteps, covered, measured_shapes, nearest, with_base
 from sim.price import Price
 from sim.profile import Profile
@@ -39,35 +41,25 @@ DEFAULT_MAX_NUM_SEQS = ServingConfig().max_num_seqs
 MEASURED_BACKEND = "triton"  # profiles are of the GPU's kernels
 
 
-class StepCosts:
-    """Seconds of steps, loads and the host's turns under one setting. Build with `fit_costs` or `costs_for`."""
+class Sum:
+    """Prices steps of one kind: the operators of a layer, corrected."""
 
-    def __init__(self, profile: Profile, setting: Setting) -> None:
-        self.profile = profile
-        self.setting = setting
-        self._fits = fit_operators(profile)
-        self._layer = layer_of(
-            self._fits, profile, setting.model, setting.tp, setting.exchange, setting.collectives, setting.gpu
-        )
-        self._parallel = None if setting.tp == 1 else _parallel_of(profile, setting)
-        self._correction, self.report = _correction_of(profile, self._parallel)
-        self._launches_s = (
-            _eager_launches_us(profile) * setting.model.num_layers / profile.model.num_layers * 1e-6
-        )
+    def __init__(self, layer: Layer, setting: Setting, correction: Correction) -> None:
+        self._layer, self._setting, self._correction = layer, setting, correction
         self._dense: dict[
             int, tuple[float, float, float]
         ] = {}  # padded tokens -> matmuls etc., head etc., collectives
         self._by_tokens: dict[
             int, tuple[float, LoraPrice]
         ] = {}  # seconds that they alone decide, and how LoRA is priced
-        layers, factor = setting.model.num_layers, self._correction.factors
-        self._decode = Price(
-            self._layer.attention_decode.scaled(layers * factor["attention_decode"] * 1e-6),
+        layers, factor = setting.model.num_layers, correction.factors
+        self.decode = Price(
+            layer.attention_decode.scaled(layers * factor["attention_decode"] * 1e-6),
             ("rows", "kv_tokens", "kv_max"),
         )
         self._prefill = Price(
-            self._layer.attention_prefill.scaled(layers * factor["attention_prefill"] * 1e-6),
-            ("tokens", "chunks", "pairs", "kv_tokens"),
+            layer.attention_prefill.scaled(layers * factor["attention_prefill"] * 1e-6),
+            ("tokens", "pairs", "kv_max"),
         )
         # A shape's bytes are of all layers, the measurements' of one.
         per_layer = (1.0, 1.0, 1 / layers, 1 / layers, 1 / layers)
@@ -79,28 +71,17 @@ class StepCosts:
                     ("adapters", "tokens", "single_bytes", "shared_bytes", "token_bytes"),
                 ),
             )
-            for regime in self._layer.lora
+            for regime in layer.lora
         )
-        self._host_s: dict[int, float] = {}  # by rows and chunks
-        self._host = Price(self._fits.host.scaled(1e-6), ("rows", "chunks"))
-        host = 1.0 if setting.gpu is None else Slower.of(profile.gpu_spec, gpu_spec(setting.gpu)).host
-        self._transfer = Price(self._fits.transfer.stretched((host,)).scaled(1e-6), ("num_bytes",))
-        self._measured = frozenset(profile.steps)
-        self._captured_tokens = setting.graph_max_tokens
         self._exchange_s = None if setting.exchange == "local" else self._lora_exchange_s
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _composed, (self.profile, self.setting)
-
-    # ---- what the simulation asks ----
-
     def step_s(self, shape: StepShape) -> float:
-        """GPU time of a step."""
+        """Return a step's GPU time."""
         rows = shape.decode_rows
         tokens = rows + shape.prefill_tokens
         total_s, lora_s = self._by_tokens.get(tokens) or self._of_tokens(tokens)
         if rows:
-            total_s += self._decode.at(rows, shape.decode_kv_tokens, shape.decode_kv_max)
+            total_s += self.decode.at(rows, shape.decode_kv_tokens, shape.decode_kv_max)
         if shape.prefill_chunks:
             total_s += self._prefill_s(shape)
         if shape.lora_adapters:
@@ -114,15 +95,123 @@ class StepCosts:
             )
             if self._exchange_s is not None:
                 total_s += self._exchange_s(shape)
-            if tokens > self._captured_tokens:
-                total_s = max(total_s, self._launches_s)
+        return total_s
+
+    def parts_s(self, shape: StepShape) -> dict[str, float]:
+        """Return a step's GPU time by what it is spent on."""
+        correction = self._correction
+        factor = correction.factors
+        padded = padded_tokens(shape.tokens, self._setting.graph_max_tokens)
+        dense_us, head_us, collective_us = self._dense_us(padded)
+        parts = {
+            "matmul": (dense_us * factor["dense"] + correction.constant_us) * 1e-6,
+            "head": head_us * factor["head"] * 1e-6,
+            "collectives": collective_us * factor["exchange"] * 1e-6,
+            "decode attention": 0.0,
+            "prefill attention": 0.0,
+            "LoRA": 0.0,
+        }
+        if shape.decode_rows:
+            parts["decode attention"] = self.decode.at(
+                shape.decode_rows, shape.decode_kv_tokens, shape.decode_kv_max
+            )
+        if shape.prefill_chunks:
+            parts["prefill attention"] = self._prefill_s(shape)
+        if shape.lora_adapters:
+            parts["LoRA"] = self._lora_s(shape)
+            if self._exchange_s is not None:
+                parts["collectives"] += self._exchange_s(shape)
+        return parts
+
+    def _prefill_s(self, shape: StepShape) -> float:
+        return self._prefill.at(shape.prefill_tokens, shape.prefill_pairs, shape.prefill_kv_max)
+
+    def _lora_s(self, shape: StepShape) -> float:
+        single = shape.lora_single_bytes
+        return self._of_tokens(shape.tokens)[1](
+            shape.lora_adapters,
+            shape.lora_tokens,
+            single,
+            shape.lora_bytes - single,
+            shape.lora_token_bytes,
+        )
+
+    def _lora_exchange_s(self, shape: StepShape) -> float:
+        padded = padded_tokens(shape.tokens, self._setting.graph_max_tokens)
+        token_bytes = shape.lora_token_bytes / shape.lora_tokens
+        return (
+            self._layer.exchanges.lora_us(padded, token_bytes)
+            * self._correction.factors["lora_exchange"]
+            * 1e-6
+        )
+
+    # ---- what tokens alone decide ----
+
+    def _of_tokens(self, tokens: int) -> tuple[float, LoraPrice]:
+        dense_us, head_us, collective_us = self._dense_us(
+            padded_tokens(tokens, self._setting.graph_max_tokens)
+        )
+        factor = self._correction.factors
+        total_us = dense_us * factor["dense"] + head_us * factor["head"] + collective_us * factor["exchange"]
+        lora = next(price for most_tokens, price in self._lora_regimes if tokens <= most_tokens)
+        self._by_tokens[tokens] = found = (total_us + self._correction.constant_us) * 1e-6, lora.at
+        return found
+
+    def _dense_us(self, padded: int) -> tuple[float, float, float]:
+        found = self._dense.get(padded)
+        if found is None:
+            rows = min(padded, self._setting.sample_rows)
+            found = self._dense[padded] = (
+                self._layer.dense_us(padded) * self._setting.model.num_layers,
+                self._layer.head_us(rows),
+                self._layer.exchanges.base_us(padded, rows),
+            )
+        return found
+
+
+class StepCosts:
+    """Seconds of steps, loads and the host's turns under one setting. Build with `fit_costs` or `costs_for`."""
+
+    def __init__(self, profile: Profile, setting: Setting) -> None:
+        self.profile = profile
+        self.setting = setting
+        self._fits = fit_operators(profile)
+        self._layer = layer_of(
+            self._fits, profile, setting.model, setting.tp, setting.exchange, setting.collectives, setting.gpu
+        )
+        self._parallel = None if setting.tp == 1 else _parallel_of(profile, setting)
+        corrections, self.report = _correction_of(profile, self._parallel)
+        self.heating = _heating_of(profile) if setting.tp == 1 else None
+        self._launches_s = (
+            _eager_launches_us(profile) * setting.model.num_layers / profile.model.num_layers * 1e-6
+        )
+        self._decodes = Sum(self._layer, setting, corrections.decodes)
+        self._prompts = Sum(self._layer, setting, corrections.prompts)
+        self._host_s: dict[int, float] = {}  # by rows and chunks
+        self._host = Price(self._fits.host.scaled(1e-6), ("rows", "chunks"))
+        host = 1.0 if setting.gpu is None else Slower.of(profile.gpu_spec, gpu_spec(setting.gpu)).host
+        self._transfer = Price(self._fits.transfer.stretched((host,)).scaled(1e-6), ("num_bytes",))
+        self._measured = frozenset(profile.steps)
+        self._captured_tokens = setting.graph_max_tokens
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _composed, (self.profile, self.setting)
+
+    # ---- what the simulation asks ----
+
+    def step_s(self, shape: StepShape) -> float:
+        """GPU time of a step, on a cool GPU."""
+        whole = self._prompts if shape.prefill_chunks else self._decodes
+        total_s = whole.step_s(shape)
+        if shape.lora_adapters and shape.decode_rows + shape.prefill_tokens > self._captured_tokens:
+            total_s = max(total_s, self._launches_s)
         return total_s
 
     def decode_run(self, shape: StepShape, steps: int) -> DecodeRun:
         """GPU time of up to `steps` decode steps: `shape`, then one more KV token a row each, as far as it grows along a straight line."""
         rows = shape.decode_rows
         sizes = (rows, shape.decode_kv_tokens, shape.decode_kv_max)
-        slope_s, straight = self._decode.line(sizes, (0, rows, 1), steps)
+        slope_s, straight = self._decodes.decode.line(sizes, (0, rows, 1), steps)
         return DecodeRun(self.step_s(shape), slope_s, straight)
 
     def host_s(self, shape: StepShape) -> float:
@@ -140,29 +229,9 @@ class StepCosts:
 
     def parts_s(self, shape: StepShape) -> dict[str, float]:
         """GPU time of a step by what it is spent on; the values add up to `step_s`."""
-        factor = self._correction.factors
-        padded = padded_tokens(shape.tokens, self.setting.graph_max_tokens)
-        dense_us, head_us, collective_us = self._dense_us(padded)
-        parts = {
-            "matmul": (dense_us * factor["dense"] + self._correction.constant_us) * 1e-6,
-            "head": head_us * factor["head"] * 1e-6,
-            "collectives": collective_us * factor["exchange"] * 1e-6,
-            "decode attention": 0.0,
-            "prefill attention": 0.0,
-            "LoRA": 0.0,
-        }
-        if shape.decode_rows:
-            parts["decode attention"] = self._decode.at(
-                shape.decode_rows, shape.decode_kv_tokens, shape.decode_kv_max
-            )
-        if shape.prefill_chunks:
-            parts["prefill attention"] = self._prefill_s(shape)
-        if shape.lora_adapters:
-            parts["LoRA"] = self._lora_s(shape)
-            if self._exchange_s is not None:
-                parts["collectives"] += self._exchange_s(shape)
-            if shape.tokens > self._captured_tokens:
-                parts["launches"] = max(0.0, self._launches_s - sum(parts.values()))
+        parts = (self._prompts if shape.prefill_chunks else self._decodes).parts_s(shape)
+        if shape.lora_adapters and shape.tokens > self._captured_tokens:
+            parts["launches"] = max(0.0, self._launches_s - sum(parts.values()))
         return parts
 
     def provenance(self, shape: StepShape) -> Provenance:
@@ -193,15 +262,6 @@ class StepCosts:
             return "extrapolated"
         return "measured" if shape in measured_shapes(parallel) else "interpolated"
 
-    def _lora_exchange_s(self, shape: StepShape) -> float:
-        padded = padded_tokens(shape.tokens, self.setting.graph_max_tokens)
-        token_bytes = shape.lora_token_bytes / shape.lora_tokens
-        return (
-            self._layer.exchanges.lora_us(padded, token_bytes)
-            * self._correction.factors["lora_exchange"]
-            * 1e-6
-        )
-
     def _within(self, shape: StepShape) -> bool:
         largest, layers = self._fits.largest, self.setting.model.num_layers
         lora, prefill, decode = largest["lora"], largest["attention_prefill"], largest["attention_decode"]
@@ -212,48 +272,11 @@ class StepCosts:
             and shape.decode_kv_tokens <= decode["kv_tokens"]
             and shape.prefill_pairs <= prefill["pairs"]
             and shape.prefill_kv_tokens <= prefill["kv_tokens"]
+            and shape.prefill_kv_max <= prefill["kv_max"]
             and shape.lora_adapters <= lora["adapters"]
             and shape.lora_bytes <= lora["bytes"] * layers
             and shape.lora_token_bytes <= lora["token_bytes"] * layers
         )
-
-    def _prefill_s(self, shape: StepShape) -> float:
-        return self._prefill.at(
-            shape.prefill_tokens, shape.prefill_chunks, shape.prefill_pairs, shape.prefill_kv_tokens
-        )
-
-    def _lora_s(self, shape: StepShape) -> float:
-        single = shape.lora_single_bytes
-        return self._of_tokens(shape.tokens)[1](
-            shape.lora_adapters,
-            shape.lora_tokens,
-            single,
-            shape.lora_bytes - single,
-            shape.lora_token_bytes,
-        )
-
-    # ---- what tokens alone decide ----
-
-    def _of_tokens(self, tokens: int) -> tuple[float, LoraPrice]:
-        dense_us, head_us, collective_us = self._dense_us(
-            padded_tokens(tokens, self.setting.graph_max_tokens)
-        )
-        factor = self._correction.factors
-        total_us = dense_us * factor["dense"] + head_us * factor["head"] + collective_us * factor["exchange"]
-        lora = next(price for most_tokens, price in self._lora_regimes if tokens <= most_tokens)
-        self._by_tokens[tokens] = found = (total_us + self._correction.constant_us) * 1e-6, lora.at
-        return found
-
-    def _dense_us(self, padded: int) -> tuple[float, float, float]:
-        found = self._dense.get(padded)
-        if found is None:
-            rows = min(padded, self.setting.sample_rows)
-            found = self._dense[padded] = (
-                self._layer.dense_us(padded) * self.setting.model.num_layers,
-                self._layer.head_us(rows),
-                self._layer.exchanges.base_us(padded, rows),
-            )
-        return found
 
 
 def fit_costs(
@@ -321,12 +344,29 @@ def _parallel_of(profile: Profile, setting: Setting) -> ParallelSteps | None:
     return nearest(profile.parallel, setting.model, setting.tp, setting.exchange, setting.collectives)
 
 
+@lru_cache(maxsize=8)
+def _heating_of(profile: Profile) -> Heating | None:
+    """Fit how the profiled GPU slows down under prompts, once."""
+    return fit_heating(profile.clock)
+
+
+def _hot(profile: Profile, shapes: Sequence[StepShape]) -> Floats:
+    """Return how many times as long as on a cool GPU steps of one GPU were measured to take: those with prompts were measured hot."""
+    heating = _heating_of(profile)
+    slowdowns = [
+        heating.slowdown(shape.tokens) if heating is not None and shape.prefill_chunks else 0.0
+        for shape in shapes
+    ]
+    return 1 + np.array(slowdowns, dtype=float)
+
+
 @lru_cache(maxsize=32)
-def _correction_of(profile: Profile, parallel: ParallelSteps | None) -> tuple[Correction, FitReport]:
+def _correction_of(profile: Profile, parallel: ParallelSteps | None) -> tuple[Corrections, FitReport]:
     """Correct a composition by whole steps that ran as graphs: of one GPU, or of several. Each is corrected once."""
     fits = fit_operators(profile)
     if parallel is None:
-        model, steps, steps_us = profile.model, profile.steps, profile.steps_us
+        model, steps = profile.model, profile.steps
+        steps_us = profile.steps_us / _hot(profile, steps)
         layer = layer_of(fits, profile, model, 1)
     else:
         parallel = with_base(parallel, profile.parallel)
@@ -335,26 +375,30 @@ def _correction_of(profile: Profile, parallel: ParallelSteps | None) -> tuple[Co
     captured = [i for i, shape in enumerate(steps) if shape.tokens <= profile.graph_max_tokens]
     steps, steps_us = tuple(steps[i] for i in captured), steps_us[captured]
     groups = np.array([_groups_us(profile, model, layer, shape) for shape in steps]).reshape(-1, len(GROUPS))
-    correction, quality, errors = correct(groups, steps_us)
+    prompts = np.array([shape.prefill_chunks > 0 for shape in steps], dtype=bool)
+    corrections, quality, errors = correct(groups, steps_us, prompts)
     report = FitReport(operators=fits.quality, steps=quality, step_errors=errors, step_shapes=steps)
-    return correction, report
+    return corrections, report
 
 
 @lru_cache(maxsize=32)
 def _eager_launches_us(profile: Profile) -> float:
     """Return what the host takes to launch a step with adapters that no graph is large enough for."""
-    correction, _ = _correction_of(profile, None)
+    correction = _correction_of(profile, None)[0].prompts
     layer = layer_of(fit_operators(profile), profile, profile.model, 1)
     rows = [
-        (_groups_us(profile, profile.model, layer, shape), us)
-        for shape, us in zip(profile.steps, profile.steps_us.tolist(), strict=True)
+        (_groups_us(profile, profile.model, layer, shape), slower, us)
+        for shape, slower, us in zip(
+            profile.steps, _hot(profile, profile.steps).tolist(), profile.steps_us.tolist(), strict=True
+        )
         if shape.tokens > profile.graph_max_tokens and shape.lora_adapters
     ]
     if not rows:
         return 0.0
     factors = np.array([correction.factors[name] for name in GROUPS])
-    work_us = np.array([groups for groups, _ in rows]) @ factors + correction.constant_us
-    return launches_us(work_us, np.array([us for _, us in rows]))
+    work_us = np.array([groups for groups, _, _ in rows]) @ factors + correction.constant_us
+    hot = np.array([slower for _, slower, _ in rows])
+    return launches_us(work_us * hot, np.array([us for *_, us in rows]))
 
 
 def _groups_us(profile: Profile, model: ModelShape, layer: Layer, shape: StepShape) -> tuple[float, ...]:
@@ -363,7 +407,7 @@ def _groups_us(profile: Profile, model: ModelShape, layer: Layer, shape: StepSha
     padded = padded_tokens(shape.tokens, profile.graph_max_tokens)
     decode = np.array([[shape.decode_rows, shape.decode_kv_tokens, shape.decode_kv_max]], dtype=float)
     prefill = np.array(
-        [[shape.prefill_tokens, shape.prefill_chunks, shape.prefill_pairs, shape.prefill_kv_tokens]],
+        [[shape.prefill_tokens, shape.prefill_pairs, shape.prefill_kv_max]],
         dtype=float,
     )
     single = shape.lora_single_bytes / layers

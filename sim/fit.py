@@ -20,7 +20,11 @@ Floats = NDArray[np.float64]
 
 ADDITIVE = {
     "attention_decode": ("rows", "kv_tokens", "kv_max"),
-    "attention_prefill": ("tokens", "chunks", "pairs", "kv_tokens"),
+    "attention_prefill": (
+        "tokens",
+        "pairs",
+        "kv_max",
+    ),  # kv_max: a program walks a chunk's keys one after the other
 }
 # Columns made of the table's: weights read by tiles of one token and by larger ones cost differently.
 LORA = ("adapters", "tokens", "single_bytes", "shared_bytes", "token_bytes")

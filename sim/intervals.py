@@ -95,6 +95,7 @@ class PacedSteps:
         self._factor = factor
         self.host_s = costs.host_s
         self.load_s = costs.load_s
+        self.heating = costs.heating
 
     def step_s(self, shape: StepShape) -> float:
         """GPU time of a step."""

@@ -21,6 +21,7 @@ from engine.config import ServingConfig
 from engine.errors import UserError
 from engine.model_shape import ModelShape, load_model_shape
 from engine.step import SHAPE_FIELDS, StepShape
+from sim.heating import Series
 from sim.parallel import ParallelSteps, parallel_files, parse_parallel
 
 Floats = NDArray[np.float64]
@@ -33,7 +34,7 @@ _OF_ONE_GPU = re.compile(r"(?!collectives\.|vllm).+\.(?!tp\d+\.)[^.]+\.json")  #
 NUMBERS: dict[str, tuple[str, ...]] = {
     "matmul": ("tp", "tokens"),
     "attention_decode": ("tp", "rows", "kv_tokens", "kv_max"),
-    "attention_prefill": ("tp", "tokens", "chunks", "pairs", "kv_tokens"),
+    "attention_prefill": ("tp", "tokens", "pairs", "kv_tokens", "kv_max"),
     "elementwise": ("tp", "tokens"),
     "lora": ("tp", "tokens", "tile_tokens", "adapters", "bytes", "single_bytes", "token_bytes"),
     "sample": ("rows",),
@@ -74,9 +75,11 @@ class Table:
 class Profile:
     """Measurements on one GPU of one model's shapes.
 
-    steps: whole captured steps at TP 1 and their GPU microseconds. parallel: the same under tensor parallelism,
-    also of other models. host: rows, prefill chunks and microseconds of one loop turn. provenance: GPU name,
-    driver, versions, commit, date and command, to show. collective_source: where collectives come from.
+    steps: whole captured steps at TP 1 and their GPU microseconds, those with prompts on a GPU that has been at
+    them for a while. clock: series of such steps from a cool GPU on, if any.
+    parallel: whole steps under tensor parallelism, also of other models. host: rows, prefill chunks and
+    microseconds of one loop turn. provenance: GPU name, driver, versions, commit, date and command, to show.
+    collective_source: where collectives come from.
     """
 
     source: str
@@ -89,6 +92,7 @@ class Profile:
     operators: Mapping[str, Table]
     steps: tuple[StepShape, ...]
     steps_us: Floats
+    clock: tuple[Series, ...]
     parallel: tuple[ParallelSteps, ...]
     host: Table
     provenance: Mapping[str, Any]
@@ -147,6 +151,7 @@ def parse_profile(data: Any, source: str, parallel: Sequence[tuple[Any, str]] = 
         operators=operators,
         steps=shapes,
         steps_us=steps_us,
+        clock=_clock(data.get("clock", []), f"{source}: clock"),
         parallel=tuple(steps_of_ranks),
         host=_table(data.get("host"), ("rows", "prefill_chunks"), (), f"{source}: host"),
         provenance={
@@ -164,6 +169,24 @@ def _gpu(data: Mapping[str, Any], source: str) -> GpuSpec:
         return gpu_spec(_text(data, "gpu", source))
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
+
+
+def _clock(given: Any, place: str) -> tuple[Series, ...]:
+    if not isinstance(given, list):
+        raise UserError(f"{place} must be a list")
+    series = []
+    for index, row in enumerate(given):
+        at = f"{place}[{index}]"
+        times = row.get("us") if isinstance(row, dict) else None
+        if not isinstance(times, list) or len(times) < 2:
+            raise UserError(f"{at}: us must be a list of at least two times")
+        if any(isinstance(us, bool) or not isinstance(us, int | float) or not us > 0 for us in times):
+            raise UserError(f"{at}: us must hold positive numbers")
+        decodes = row.get("decodes", 0)
+        if isinstance(decodes, bool) or not isinstance(decodes, int) or decodes < 0:
+            raise UserError(f"{at}: decodes={decodes!r} must be an integer of at least 0")
+        series.append(Series(_count(row, "tokens", at), decodes, np.array(times, dtype=float)))
+    return tuple(series)
 
 
 def _operators(
@@ -229,7 +252,7 @@ def _steps(rows: Any, source: str) -> tuple[tuple[StepShape, ...], Floats]:
         place = f"{source}: steps[{index}]"
         if not isinstance(row, dict) or not isinstance(row.get("shape"), dict):
             raise UserError(f"{place} must be an object with shape and gpu_us")
-        for name in SHAPE_FIELDS:
+        for name in SHAPE_FIELDS[:-1]:
             _number(row["shape"], name, f"{place}.shape")
         shapes.append(StepShape.from_json(row["shape"]))
         times_us.append(_number(row, "gpu_us", place))

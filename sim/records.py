@@ -13,7 +13,7 @@ import pandas as pd
 from engine.adapter import AdapterSpec
 from engine.config import ServingConfig
 from engine.errors import UserError
-from engine.step import StepShape
+from engine.step import SHAPE_FIELDS, StepShape
 from traces import Trace, TraceRequest
 from traces.metrics import metrics
 from traces.run_record import RunRecord, read_run
@@ -71,12 +71,12 @@ def recorded_run(path: Path, root: Path | None = None) -> RecordedRun:
 
 def recorded_steps(run: RecordedRun) -> list[tuple[StepShape, float]]:
     """Return the shape and the GPU seconds of each step of a record; none where it does not hold shapes."""
-    names = [item.name for item in fields(StepShape)]
-    known = [name for name in names if name in run.steps.columns]
+    known = [name for name in SHAPE_FIELDS if name in run.steps.columns]
     if "decode_rows" not in known or "duration_s" not in run.steps.columns:
         return []
     rows = zip(*(run.steps[name].tolist() for name in known), strict=True)
-    shapes = (StepShape(**{name: int(value) for name, value in zip(known, row, strict=True)}) for row in rows)
+    none = dict.fromkeys(SHAPE_FIELDS[:-1], 0)
+    shapes = (StepShape.from_json(none | dict(zip(known, row, strict=True))) for row in rows)
     return list(zip(shapes, run.steps["duration_s"].astype(float).tolist(), strict=True))
 
 

@@ -25,6 +25,7 @@ from engine.scheduler import Scheduler
 from engine.sequence import Sequence
 from engine.step import Step, StepShape
 from sim.clock import TURN, Clock
+from sim.heating import Heat, Heating
 from sim.loads import LoadQueue
 from sim.merge_costs import MergeSwitches
 from sim.observe import Observer
@@ -38,8 +39,12 @@ Next = tuple[float, Turn] | None
 class StepTimes(Protocol):
     """What steps and loads cost, in seconds."""
 
+    @property
+    def heating(self) -> Heating | None:
+        """How a GPU slows down under prompts; None: it does not."""
+
     def step_s(self, shape: StepShape) -> float:
-        """GPU time of a step."""
+        """GPU time of a step, on a cool GPU."""
 
     def decode_run(self, shape: StepShape, steps: int) -> DecodeRun:
         """GPU time of the next 1 … `steps` decode steps: `shape`, then one more KV token a row each.
@@ -78,6 +83,7 @@ class Replica:
         self.observer = observer
         self._clock = clock
         self._costs = costs
+        self._heat = None if costs.heating is None else Heat(costs.heating)
         self._on_end = on_end
         self._fast_forward = fast_forward
         self._switches = switches
@@ -168,6 +174,8 @@ class Replica:
 
     def _run_alone(self, step: Step, gpu_s: float, now_s: float) -> Next:
         shape = step.shape
+        if self._heat is not None and shape.prefill_chunks:
+            gpu_s = self._heat.run(gpu_s, shape.tokens, now_s)
         host_s = self._costs.host_s(shape)
         duration_s = gpu_s if gpu_s > host_s else host_s
         self.observer.ran(shape, now_s, duration_s, gpu_s)

@@ -43,6 +43,7 @@ def router_costs(costs: StepTimes, plan: Blueprint, slo: Slo) -> RouterCosts:
             prefill_chunks=1,
             prefill_pairs=chunk * (chunk + 1) // 2,
             prefill_kv_tokens=chunk,
+            prefill_kv_max=chunk,
             sample_rows=1,
             lora_tokens=chunk if footprints else 0,
             lora_adapters=1 if footprints else 0,

@@ -48,6 +48,10 @@ class VllmCosts:
 
     # ---- what the simulation asks ----
 
+    @property
+    def heating(self) -> None:
+        """Nothing is known of it."""
+
     def step_s(self, shape: StepShape) -> float:
         """Time of a step without loads."""
         tokens, rows = shape.decode_rows + shape.prefill_tokens, shape.sample_rows

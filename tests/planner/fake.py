@@ -17,6 +17,7 @@ from planner.search import Findings, search
 from planner.space import Space
 from planner.workers import Workers
 from planner.workload import Workload
+from sim.heating import Heating
 from sim.result import SimResult, Utilisation
 from sim.segment import DecodeRun
 from traces import Trace, TraceRequest
@@ -79,6 +80,7 @@ class FakeCosts:
     """So many seconds a token."""
 
     second: float
+    heating: Heating | None = None
 
     def step_s(self, shape: StepShape) -> float:
         return self.second * shape.tokens

@@ -11,6 +11,7 @@ from engine.blueprint import Blueprint, blueprint
 from engine.config import ServingConfig
 from engine.residency import AdapterFootprint
 from engine.step import StepShape
+from sim.heating import Heating
 from sim.segment import DecodeRun
 from traces import Trace, TraceRequest
 
@@ -29,6 +30,7 @@ class ConstantCosts:
     load: float = 0.0
     byte: float = 0.0
     straight: int = 10**9
+    heating: Heating | None = None
 
     def step_s(self, shape: StepShape) -> float:
         return self.step + self.token * shape.tokens + self.kv * shape.decode_kv_tokens

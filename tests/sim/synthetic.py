@@ -31,8 +31,8 @@ def attention_decode_us(rows: int, kv_tokens: int, kv_max: int) -> float:
     return 4.0 + 0.02 * rows + 0.0012 * kv_tokens + 0.001 * kv_max
 
 
-def attention_prefill_us(tokens: int, chunks: int, pairs: int, kv_tokens: int) -> float:
-    return 7.0 + 0.01 * tokens + 0.5 * chunks + 2.5e-5 * pairs + 0.0008 * kv_tokens
+def attention_prefill_us(tokens: int, pairs: int, kv_max: int) -> float:
+    return 7.0 + 0.01 * tokens + 2.5e-5 * pairs + 0.0008 * kv_max
 
 
 def lora_us(adapters: int, tokens: int, num_bytes: float, token_bytes: float) -> float:
@@ -61,9 +61,7 @@ def step_us(shape: StepShape) -> float:
     if shape.decode_rows:
         layer += attention_decode_us(shape.decode_rows, shape.decode_kv_tokens, shape.decode_kv_max)
     if shape.prefill_chunks:
-        layer += attention_prefill_us(
-            shape.prefill_tokens, shape.prefill_chunks, shape.prefill_pairs, shape.prefill_kv_tokens
-        )
+        layer += attention_prefill_us(shape.prefill_tokens, shape.prefill_pairs, shape.prefill_kv_max)
     if shape.lora_adapters:
         layer += lora_us(
             shape.lora_adapters, shape.lora_tokens, shape.lora_bytes / layers, shape.lora_token_bytes / layers
@@ -92,6 +90,7 @@ def shape(rows=0, kv=256, prefill=0, chunks=0, adapters=0, rank=16) -> StepShape
         prefill_chunks=chunks,
         prefill_pairs=chunks * each * (each + 1) // 2,
         prefill_kv_tokens=prefill,
+        prefill_kv_max=each,
         sample_rows=rows + chunks,
         lora_tokens=tokens if adapters else 0,
         lora_adapters=adapters,
@@ -131,13 +130,9 @@ def _attention_prefill_rows(tp: int) -> list[dict[str, Any]]:
     rows = []
     for chunks, each, before in itertools.product((1, 2, 8), (16, 128, 512, 1024), (0, 512, 4096)):
         pairs = chunks * (each * before + each * (each + 1) // 2)
-        values = {
-            "tokens": chunks * each,
-            "chunks": chunks,
-            "pairs": pairs,
-            "kv_tokens": chunks * (each + before),
-        }
-        rows.append({"tp": tp, **values, "us": attention_prefill_us(**values)})
+        values = {"tokens": chunks * each, "pairs": pairs, "kv_max": each + before}
+        us = attention_prefill_us(**values)
+        rows.append({"tp": tp, **values, "kv_tokens": chunks * (each + before), "us": us})
     return rows
 
 

@@ -113,6 +113,7 @@ def test_no_step_costs_nothing_and_more_never_costs_less(rows, kv, prefill, chun
         prefill_chunks=chunks,
         prefill_pairs=prefill * prefill // 2,
         prefill_kv_tokens=prefill,
+        prefill_kv_max=prefill,
         lora_tokens=rows,
         lora_adapters=min(rows, 10),
         lora_bytes=num_bytes,
