@@ -71,6 +71,7 @@ CONV, CODE, MOONCAKE = (replace(WIDE, like=like) for like in ("azure-conv", "azu
 TP_MODES = ("replicated", "block_diagonal", "slora", "slora_published")
 SKEWED = replace(SOME, zipf_s=2.0)  # one adapter has 62 %
 BASE = Traffic(adapters=0)
+FRESH = Traffic(adapters=64, ranks=(8, 16, 64), zipf_s=1.0)
 
 
 def order(config: str, traffic: Traffic = SKEWED) -> tuple[Run, ...]:
@@ -178,4 +179,14 @@ VISITS: dict[int, tuple[Group, ...]] = {
     6: (Group(name="merge-hot", runs=order("merge-hot"), config={"merge": "hot", "merge_adapter": "a0000"}),),
     7: many_gpus(4),
     8: many_gpus(8),
+    # After the model had learnt from the residuals of the others: traffic like none of them.
+    9: (
+        Group(
+            name="fresh",
+            runs=(
+                *levels("fresh", FRESH, 50, 80, seconds=20.0),
+                *levels("fresh-conv", replace(FRESH, like="azure-conv"), 70, seconds=24.0),
+            ),
+        ),
+    ),
 }
