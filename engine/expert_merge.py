@@ -32,24 +32,24 @@ class ExpertMerge:
                     self._pristine.append((matrix, copy))
                     items += group.sgmm_weights(matrix, matrix if in_place else copy)
         self.plan: SgmmPlan = plan_sgmm(items, pools.spec.top_k, in_place=in_place)
-        self._ops = ops
         self._merge = ops.merge_of(self.plan)
 
     def merge_(self, route: ExpertRoute, *, one_by_one: bool = False) -> None:
         """Merge the routed token's experts: in one launch, or in one for each weight."""
         segments = route.segments[: self.plan.segments]
-        self._ops.stage_down_(self.plan, segments, route.gates[0])
+        self._merge.stage_(segments, route.gates[0])
         if not one_by_one:
-            self._merge(segments, None)
+            self._merge.merge_(segments)
             return
         for index in range(len(self.plan.weights)):
-            self._merge(segments, index)
+            self._merge.merge_(segments, weight=index)
 
     def restore(self) -> None:
         """Put the pristine weights back, and forget what was merged."""
         for matrix, copy in self._pristine:
             matrix.copy_(copy)
         self.plan.stage.zero_()
+        self.plan.gates.zero_()
 
     def drift(self, route: ExpertRoute) -> float:
         """Return ‖W − (W_0 + UP · DOWN)‖ / ‖W_0‖ over the adapted weights, in fp32: what merging in place has lost. Waits for the device."""

@@ -157,9 +157,9 @@ class StaticMerge:
             items.append(SgmmWeight(target=target, source=source, up=up, down=down))
         plan = plan_sgmm(items, 1, in_place=False, staged=False)
         route = torch.zeros(1, dtype=torch.int32, device=plan.records.device)
-        run = self._ops.merge_of(plan)
+        sgmm = self._ops.merge_of(plan)
         merge = _Merge(
-            rows=rows, offsets=offsets, modules=modules, items=tuple(items), run=lambda: run(route, None)
+            rows=rows, offsets=offsets, modules=modules, items=tuple(items), run=lambda: sgmm.merge_(route)
         )
         self._merges[ranks] = merge
         return merge

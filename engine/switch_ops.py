@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -11,8 +12,12 @@ from engine.config import Backend
 from engine.ops import Op, Ops, ops_for
 from kernels.sgmm_plan import SgmmPlan
 
-Merge = Callable[[torch.Tensor, int | None], None]
-"""Merge all weights of a plan, or one of them, by the route given."""
+
+class Merge(Protocol):
+    """What merges the weights of a plan, all of them or one, as `kernels.sgmm.Sgmm`: `stage_` once a token, before."""
+
+    def stage_(self, route: torch.Tensor, gates: torch.Tensor, *, weight: int | None = None) -> None: ...
+    def merge_(self, route: torch.Tensor, *, weight: int | None = None) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,7 +28,6 @@ class SwitchOps:
     route_top_k: Op
     expert_shrink: Op
     expert_expand_: Op
-    stage_down_: Op
     merge_of: Callable[[SgmmPlan], Merge]
 
 
@@ -33,32 +37,24 @@ def switch_ops_for(backend: Backend) -> SwitchOps:
         from kernels.expert_expand_ref import expert_expand_ as expand_ref
         from kernels.expert_shrink_ref import expert_shrink as shrink_ref
         from kernels.route_top_k_ref import route_top_k as route_ref
-        from kernels.sgmm_ref import merge_
-        from kernels.sgmm_ref import stage_down_ as stage_ref
+        from kernels.sgmm_ref import Sgmm as SgmmRef
 
         return SwitchOps(
             base=ops_for(backend),
             route_top_k=route_ref,
             expert_shrink=shrink_ref,
             expert_expand_=expand_ref,
-            stage_down_=stage_ref,
-            merge_of=lambda plan: lambda route, weight: merge_(plan, route, weight=weight),
+            merge_of=SgmmRef,
         )
     from kernels.expert_expand import expert_expand_
     from kernels.expert_shrink import expert_shrink
     from kernels.route_top_k import route_top_k
     from kernels.sgmm import Sgmm
-    from kernels.sgmm_stage import stage_down_
-
-    def merge_of(plan: SgmmPlan) -> Merge:
-        merge = Sgmm(plan)
-        return lambda route, weight: merge.merge_(route, weight=weight)
 
     return SwitchOps(
         base=ops_for(backend),
         route_top_k=route_top_k,
         expert_shrink=expert_shrink,
         expert_expand_=expert_expand_,
-        stage_down_=stage_down_,
-        merge_of=merge_of,
+        merge_of=Sgmm,
     )

@@ -9,9 +9,9 @@ table of addresses, so the launch can be captured in a CUDA graph; with one weig
 
 What must move is W read and written: 27.9 GB for Llama-3.1-8B, 6.6 ms at an H200's copy rate of 4.24 TB/s; 25.9 GB and 6.1 ms for
 Llama-2-7B. Operations at 790 TFLOP/s, 8B: inner 128 2.3 ms, 256 4.5 ms, 512 9.0 ms. So only in place at r = 128, top-2, is bound by
-arithmetic. The gated DOWN is written by a kernel of its own first (`stage_down_`: 0.64 to 2.6 GB, up to 0.6 ms), so that both operands of
-the product come from shared memory: ptxas 12.8 miscompiles a pipelined wgmma whose A operand was computed in registers
-(kernels/lora_expand.py). And what is taken out in place is, bit for bit, what was put in.
+arithmetic. The gated DOWN is written by a kernel of its own first (`stage_down_`: 0.64 to 2.6 GB, up to 0.6 ms), unless a panel gates it,
+so that both operands of the product come from shared memory: ptxas 12.8 miscompiles a pipelined wgmma whose A operand was computed in
+registers (kernels/lora_expand.py). And what is taken out in place is, bit for bit, what was put in.
 
 Three kernels: any shape and rank; blocks that fill every weight, in one loop over all of a program's tiles; and kernels/sgmm_panel.py.
 
@@ -27,7 +27,7 @@ import triton.language as tl
 from kernels.sgmm_launch import NUM_SMS, PLAIN, SgmmTuning, sgmm_tuning
 from kernels.sgmm_panel import sgmm_panel_kernel
 from kernels.sgmm_plan import RECORD_COLUMNS, SgmmPlan
-from kernels.sgmm_stage import address, check_route, size, stage_down_
+from kernels.sgmm_stage import address, check_route, keep_gates_, size, stage_down_
 
 LONGEST_RUN = 128  # tiles below each other for which a panel stays
 
@@ -232,8 +232,15 @@ class Sgmm:
         else:
             self.tiles, self.starts = plan.tiles(*blocks)
 
+    def stage_(self, route: torch.Tensor, gates: torch.Tensor, *, weight: int | None = None) -> None:
+        """Do what this merge needs of `stage_down_`, whose arguments these are: with a panel, keep the gates."""
+        if self.panel:
+            keep_gates_(self.plan, gates, weight=weight)
+        else:
+            stage_down_(self.plan, route, gates, weight=weight)
+
     def merge_(self, route: torch.Tensor, *, weight: int | None = None) -> None:
-        """Write W = source + UP · DOWN of all weights in one launch, or of one weight; DOWN as `stage_down_` left it.
+        """Write W = source + UP · DOWN of all weights in one launch, or of one weight; DOWN as `stage_` or `stage_down_` left it.
 
         route: [segments] int32, this token's k experts and, in place, the last one's. Raises ValueError on shape, dtype or device mismatch.
         """
@@ -248,8 +255,10 @@ class Sgmm:
         blocks = {"BLOCK_OUT": tuning.block_out, "BLOCK_IN": tuning.block_in, "BLOCK_K": self.block_k}
         common = {"SEGMENTS": self.plan.segments, "COLUMNS": RECORD_COLUMNS, **blocks, **options}
         if self.panel:
-            constants = {"RANK": self.rank, "RING": tuning.num_stages, "OVERLAP": self.overlap}
-            sgmm_panel_kernel[grid](*arguments, **constants, **common)
+            sgmm_panel_kernel[grid](
+                *arguments[:4], self.plan.gates, *arguments[4:], RANK=self.rank, RING=tuning.num_stages,
+                OVERLAP=self.overlap, LATE=tuning.late, PARTS=tuning.parts, GATED=self.plan.staged, **common,
+            )  # fmt: skip
         elif self.flat:
             sgmm_flat_kernel[grid](*arguments, RANK=self.rank, num_stages=tuning.num_stages, **common)
         else:
@@ -278,6 +287,7 @@ class Sgmm:
 
 
 def sgmm_(plan: SgmmPlan, route: torch.Tensor, gates: torch.Tensor, tuning: SgmmTuning | None = None) -> None:
-    """Stage and merge once; for more than one token keep an `Sgmm`. Arguments as of `stage_down_` and `Sgmm.merge_`."""
-    stage_down_(plan, route, gates)
-    Sgmm(plan, tuning).merge_(route)
+    """Stage and merge once; for more than one token keep an `Sgmm`. Arguments as of `stage_down_`."""
+    merge = Sgmm(plan, tuning)
+    merge.stage_(route, gates)
+    merge.merge_(route)

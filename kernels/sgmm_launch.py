@@ -27,13 +27,20 @@ class SgmmTuning:
     )
     panel: bool = False  # DOWN stays in shared memory, W goes by it (kernels/sgmm_panel.py)
     overlap: bool = False  # with a panel: begin a matrix step before the last one's end
+    late: bool = False  # with a panel: store a tile after the next one's first matrix step is begun
+    parts: int = (
+        1  # with a panel: 2 are groups of so many warps that share it, with tiles and buffers of their own
+    )
 
     @property
     def name(self) -> str:
         """Return a short name, for tables."""
-        kind = " flat" * self.flatten + " panel" * self.panel + " overlap" * self.overlap
+        kind = (
+            " flat" * self.flatten + " panel" * self.panel + " overlap" * self.overlap + " late" * self.late
+        )
         blocks = f"{self.block_out}x{self.block_in}x{self.block_k}"
-        return f"{blocks} w{self.num_warps} s{self.num_stages} p{self.programs_per_sm}{kind}"
+        warps = f"{self.parts}x{self.num_warps}" if self.parts > 1 else self.num_warps
+        return f"{blocks} w{warps} s{self.num_stages} p{self.programs_per_sm}{kind}"
 
     def panel_block_k(self, inner: int) -> int:
         """Return the depth of a matrix step with a panel of so many ranks: a power of two that divides them."""
@@ -41,7 +48,9 @@ class SgmmTuning:
 
     def panel_bytes(self, inner: int) -> int:
         """Return the shared memory of a program with a panel: it and the buffers, of two-byte elements."""
-        return 2 * (inner * self.block_in + self.num_stages * self.panel_block_k(inner) * self.block_out)
+        ring = self.num_stages * self.panel_block_k(inner) * self.block_out
+        meeting = 256 if self.parts > 1 else 0
+        return 2 * (inner * self.block_in + self.parts * ring) + meeting
 
     def panel_fits(self, inner: int) -> bool:
         """Return whether as many programs as wanted have room for a panel of so many ranks, in steps that pay."""
@@ -56,36 +65,41 @@ class SgmmTuning:
 
 
 PLAIN = SgmmTuning(max_registers=128)
-FLAT = SgmmTuning(num_stages=2, max_registers=128, flatten=True)
 WIDE = SgmmTuning(block_in=256, programs_per_sm=1, flatten=True)
-PANEL = SgmmTuning(block_out=64, block_in=256, block_k=256, programs_per_sm=1, panel=True)
 NARROW = SgmmTuning(block_out=64, block_k=128, num_warps=4, panel=True)
-SQUARE = SgmmTuning(block_k=128, programs_per_sm=1, panel=True)
+LOW = replace(NARROW, num_stages=2, programs_per_sm=3)
+FINE = replace(NARROW, block_k=64, num_stages=6, overlap=True)
+PAIRED = replace(FINE, block_in=256, num_warps=8, programs_per_sm=1)
+SQUARE = replace(FINE, block_out=128, num_warps=8, programs_per_sm=1)
+TWO = replace(FINE, programs_per_sm=1, parts=2)
 CANDIDATES = (
     PLAIN,
-    FLAT,
-    WIDE,
-    PANEL,
-    replace(PANEL, block_k=128, num_stages=4),
-    replace(PANEL, block_k=64, num_stages=6, overlap=True),
-    replace(PANEL, block_k=128, num_warps=4, programs_per_sm=2),
-    replace(PANEL, block_out=128, block_k=128, num_stages=4),
+    LOW,
     NARROW,
-    replace(NARROW, block_k=64, num_stages=6, overlap=True),
-    replace(NARROW, num_stages=2, programs_per_sm=3),
+    FINE,
+    PAIRED,
     SQUARE,
-    replace(SQUARE, overlap=True),
-    replace(SQUARE, block_k=64, num_stages=6, overlap=True),
-    replace(NARROW, num_stages=6, programs_per_sm=1, overlap=True),
+    replace(LOW, block_k=64, num_stages=4, overlap=True),
+    replace(NARROW, late=True),
+    replace(NARROW, block_in=256),
+    replace(PAIRED, late=True),
+    replace(PAIRED, block_out=128),
+    replace(SQUARE, late=True),
+    TWO,
+    replace(TWO, late=True),
+    replace(TWO, block_in=256),
+    replace(TWO, block_in=256, block_k=32, num_stages=12),
 )
-"""What the benchmark times, all in one visit: the best of 2026-11-22's (one H200), and panels, which no GPU has seen yet."""
+"""What the benchmark times, all in one visit: the first six were the best of 2026-11-22 (one H200), before W moved as pairs; those of two parts
+come last."""
 
 
 def sgmm_tuning(inner: int) -> SgmmTuning:
-    """Return the tuning for an inner dimension (ranks of all experts of a product).
+    """Return the tuning for an inner dimension (ranks of all experts of a product); `Sgmm` takes PLAIN instead of a panel that it cannot use.
 
-    The fastest of those measured on one H200, 2026-11-22, on Llama-3.1-8B and Llama-2-7B: 128 FLAT, 256 and 512 WIDE; below, PLAIN alone was.
+    The fastest of those measured on one H200, 2026-11-22, on Llama-3.1-8B: inner 128 LOW, 256 NARROW, 512 SQUARE; below, PLAIN alone was
+    measured, and where no panel fits, WIDE was the fastest without one.
     """
     if inner < 128:
         return PLAIN
-    return FLAT if inner < 256 else WIDE
+    return next((tuning for tuning in (LOW, NARROW, SQUARE) if tuning.panel_fits(inner)), WIDE)

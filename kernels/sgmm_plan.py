@@ -43,13 +43,14 @@ class SgmmWeight:
 class SgmmPlan:
     """Weights on the device, as `kernels.sgmm` takes them.
 
-    records: int64 [weights, 16]. stage: each weight's gated DOWN, [segments · r, in] back to back. segments: experts of a product, the k of
-    this token, and in place also the k of the last one.
+    records: int64 [weights, 16]. stage: each weight's gated DOWN, [segments · r, in] back to back. gates: fp32 [weights, segments], what each
+    expert's DOWN is multiplied by. segments: experts of a product, the k of this token, and in place also the k of the last one.
     """
 
     weights: tuple[SgmmWeight, ...]
     records: torch.Tensor
     stage: torch.Tensor
+    gates: torch.Tensor
     top_k: int
     segments: int
     staged: bool = True
@@ -149,6 +150,7 @@ def plan_sgmm(weights: Sequence[SgmmWeight], top_k: int, *, in_place: bool, stag
         weights=tuple(weights),
         records=torch.from_numpy(records).to(device),
         stage=stage,
+        gates=torch.zeros(len(weights), segments, device=device),
         top_k=top_k,
         segments=segments,
         staged=staged,

@@ -8,13 +8,22 @@ from kernels.sgmm_plan import STAGE, SgmmPlan, SgmmWeight
 
 
 def stage_down_(plan: SgmmPlan, route, gates, *, weight=None) -> None:
-    """Write g_i · A_i of the routed experts to the stage; in place, the negative of what was there behind it."""
+    """Write g_i · A_i of the routed experts to the stage; in place, the negative of what was there behind it. And the gates."""
+    keep_gates_(plan, gates, weight=weight)
     for index in _which(plan, weight):
         stage, half = _stage_of(plan, index), plan.top_k * plan.weights[index].rank
         if plan.in_place:
             stage[half:] = -stage[:half]
         experts = plan.weights[index].down[route[: plan.top_k].clamp(min=0).long()]
         stage[:half] = (gates[:, None, None] * experts.float()).to(stage.dtype).flatten(0, 1)
+
+
+def keep_gates_(plan: SgmmPlan, gates, *, weight=None) -> None:
+    """Write this token's gates; in place, the negative of what was there behind them."""
+    for index in _which(plan, weight):
+        if plan.in_place:
+            plan.gates[index, plan.top_k :] = -plan.gates[index, : plan.top_k]
+        plan.gates[index, : plan.top_k] = gates
 
 
 def merge_(plan: SgmmPlan, route, *, weight=None) -> None:
@@ -24,6 +33,21 @@ def merge_(plan: SgmmPlan, route, *, weight=None) -> None:
         up = _ups_of(item, route).float()
         down = _stage_of(plan, index).float() if plan.staged else item.down[0].float()
         item.target.copy_((item.source.float() + up.T @ down).to(item.target.dtype))
+
+
+class Sgmm:
+    """The two as methods, as of `kernels.sgmm.Sgmm`."""
+
+    def __init__(self, plan: SgmmPlan) -> None:
+        self.plan = plan
+
+    def stage_(self, route, gates, *, weight=None) -> None:
+        """Write the stage and the gates."""
+        stage_down_(self.plan, route, gates, weight=weight)
+
+    def merge_(self, route, *, weight=None) -> None:
+        """Write W."""
+        merge_(self.plan, route, weight=weight)
 
 
 def _ups_of(item: SgmmWeight, route: torch.Tensor) -> torch.Tensor:

@@ -1,9 +1,10 @@
-"""The gated DOWN of the segmented gather matrix multiplication, written before it (kernels/sgmm.py).
+"""The gated DOWN of the segmented gather matrix multiplication, written before it (kernels/sgmm.py), or only its gates.
 
     stage = concat_i[g_i · A_i of this token]; in place, behind it: the negative of what was there, the last token's
 
 So that both operands of the product come from shared memory, and what is taken out in place is, bit for bit, what was put in. It reads k·r·in
-elements of every weight and writes as many; in place, twice that.
+elements of every weight and writes as many; in place, twice that. A panel (kernels/sgmm_panel.py) multiplies A as it passes through registers
+and needs the signed gates alone: −(g · A) and (−g) · A round alike.
 Source: LoRA-Switch, arXiv:2405.17741 (its concat[G_i · DOWN_i]).
 """
 
@@ -80,6 +81,32 @@ def stage_down_kernel(
             tl.store(stage + first + column, (gate * a.to(tl.float32)).to(a.dtype), mask=inside)
 
 
+@triton.jit(do_not_specialize=["first_weight", "num_weights"])
+def keep_gates_kernel(
+    kept, gates, first_weight, num_weights,
+    TOP_K: tl.constexpr, IN_PLACE: tl.constexpr, WEIGHTS: tl.constexpr, CHOICES: tl.constexpr,
+):  # fmt: skip
+    """Write each weight's gates; in place, the negative of what was there behind them."""
+    weight = tl.arange(0, WEIGHTS)[:, None]
+    choice = tl.arange(0, CHOICES)[None, :]
+    inside = (weight < num_weights) & (choice < TOP_K)
+    at = kept + (first_weight + weight) * (2 * TOP_K if IN_PLACE else TOP_K) + choice
+    if IN_PLACE:
+        tl.store(at + TOP_K, -tl.load(at, mask=inside, other=0.0), mask=inside)
+    new = tl.load(gates + choice + 0 * weight, mask=inside, other=0.0)
+    tl.store(at, new, mask=inside)
+
+
+def keep_gates_(plan: SgmmPlan, gates: torch.Tensor, *, weight: int | None = None) -> None:
+    """Write this token's gates to the plan's; in place, keep the negative of what was there behind them. Arguments as of `stage_down_`."""
+    check_tensor("gates", gates, shape=(plan.top_k,), dtypes=(torch.float32,), device=plan.records.device)
+    first, count = (0, len(plan.weights)) if weight is None else (weight, 1)
+    keep_gates_kernel[(1,)](
+        plan.gates, gates, first, count, TOP_K=plan.top_k, IN_PLACE=plan.in_place,
+        WEIGHTS=triton.next_power_of_2(count), CHOICES=triton.next_power_of_2(plan.top_k), num_warps=4,
+    )  # fmt: skip
+
+
 def stage_down_(
     plan: SgmmPlan, route: torch.Tensor, gates: torch.Tensor, *, weight: int | None = None
 ) -> None:
@@ -89,7 +116,7 @@ def stage_down_(
     Raises ValueError on shape, dtype or device mismatch.
     """
     check_route(plan, route)
-    check_tensor("gates", gates, shape=(plan.top_k,), dtypes=(torch.float32,), device=route.device)
+    keep_gates_(plan, gates, weight=weight)
     first, count = (0, len(plan.weights)) if weight is None else (weight, 1)
     rows = sum(plan.top_k * item.rank for item in plan.weights[first : first + count])
     stage_down_kernel[(min(rows, STAGE_PROGRAMS),)](

@@ -16,7 +16,6 @@ from kernels.route_top_k import route_top_k, touched_slots
 from kernels.sgmm import Sgmm
 from kernels.sgmm_bench import bound_us
 from kernels.sgmm_plan import SgmmPlan, SgmmWeight, plan_sgmm
-from kernels.sgmm_stage import stage_down_
 
 DEVICE, DTYPE = "cuda", torch.bfloat16
 GROUPS = ((4096, (4096, 1024, 1024)), (4096, (4096,)), (4096, (14336, 14336)), (14336, (4096,)))  # in, outs
@@ -65,7 +64,7 @@ def bench_merge(rank: int, in_place: bool, replays: int) -> dict:
     merge = Sgmm(plan)
 
     def run() -> None:
-        stage_down_(plan, route, gates)
+        merge.stage_(route, gates)
         merge.merge_(route)
 
     run()

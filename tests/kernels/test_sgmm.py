@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kernels import sgmm, sgmm_panel, sgmm_ref, sgmm_stage
-from kernels.sgmm_launch import CANDIDATES, PLAIN, SgmmTuning
+from kernels.sgmm_launch import CANDIDATES, PLAIN, SgmmTuning, sgmm_tuning
 from kernels.sgmm_plan import SgmmWeight, plan_sgmm
 from tests.kernels.gluon_emulation import Emulated
 from tests.kernels.tolerances import assert_close, relative_error
@@ -151,6 +151,7 @@ def test_reference_computes_the_same(target, in_place):
         sgmm_ref.stage_down_(plan_ref, route, gates)
         sgmm_ref.merge_(plan_ref, route)
     assert_close(plan.stage, plan_ref.stage)
+    assert torch.equal(plan.gates, plan_ref.gates) and plan.gates.any(dim=0).all()
     for mine, theirs in zip(weights, others, strict=True):
         assert_close(mine.target, theirs.target, dtype)
 
@@ -186,6 +187,14 @@ def test_runs_cover_every_tile_once(programs, longest):
     assert starts[1] == (2 if programs == 1 else 4 if programs == 5 else 12)  # of 6 x 2 tiles
 
 
+def emulate(monkeypatch, weights):
+    """Run panels on the CPU."""
+    monkeypatch.setattr(sgmm.Sgmm, "_takes_panel", lambda self, tuning: tuning.panel_fits(self.inner))
+    monkeypatch.setattr(sgmm, "NUM_SMS", 2)
+    memory = [t for w in weights for t in (w.target, w.source, w.up, w.down)]
+    monkeypatch.setattr(sgmm, "sgmm_panel_kernel", Emulated(sgmm_panel, "sgmm_panel_kernel", memory))
+
+
 @pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize(
     "tuning",
@@ -195,22 +204,23 @@ def test_runs_cover_every_tile_once(programs, longest):
         replace(PANEL, overlap=True),
         replace(PANEL, num_stages=5),
         replace(PANEL, num_stages=6, overlap=True, block_in=32, block_k=16),
+        replace(PANEL, late=True),
+        replace(PANEL, overlap=True, late=True, num_stages=4),
+        replace(PANEL, parts=2),
+        replace(PANEL, parts=2, overlap=True, num_stages=6, block_k=16),
+        replace(PANEL, parts=2, overlap=True, num_stages=4, late=True),
     ],
     ids=lambda tuning: tuning.name,
 )
 def test_a_panel_stays_while_weights_go_by(monkeypatch, tuning, in_place):
     """Emulated: as many runs as make each program take several, -1 in the route, all weights at once and one by one."""
-    monkeypatch.setattr(sgmm.Sgmm, "_takes_panel", lambda self, tuning: tuning.panel_fits(self.inner))
-    monkeypatch.setattr(sgmm, "NUM_SMS", 2)
     monkeypatch.setattr(sgmm, "LONGEST_RUN", 3)
     dtype = torch.bfloat16
     weights = weights_of(("cpu", dtype), TALL, in_place=in_place, seed=1)
     others = weights_of(("cpu", dtype), TALL, in_place=in_place, seed=1)
     sources = [weight.source.clone() for weight in weights]
     plan, single = (plan_sgmm(each, 2, in_place=in_place) for each in (weights, others))
-    memory = [t for w in weights + others for t in (w.target, w.source, w.up, w.down)]
-    emulated = Emulated(sgmm_panel, "sgmm_panel_kernel", memory)
-    monkeypatch.setattr(sgmm, "sgmm_panel_kernel", emulated)
+    emulate(monkeypatch, weights + others)
     merge, merge_single = sgmm.Sgmm(plan, tuning), sgmm.Sgmm(single, tuning)
     assert merge.panel and merge.tuning is tuning
     route = route_of([0] * plan.segments, "cpu")
@@ -229,6 +239,37 @@ def test_a_panel_stays_while_weights_go_by(monkeypatch, tuning, in_place):
             assert torch.equal(weight.target, other.target)
 
 
+def test_a_panel_of_an_ordinary_adapter_is_not_gated(monkeypatch):
+    dtype = torch.float16
+    weights = weights_of(("cpu", dtype), TALL, experts=1, rank=32)
+    emulate(monkeypatch, weights)
+    route = route_of([0], "cpu")
+    sgmm.Sgmm(plan_sgmm(weights, 1, in_place=False, staged=False), PANEL).merge_(route)
+    for weight in weights:
+        expected = dense(weight, weight.source, route, gates_of([1.0], "cpu"))
+        assert_close(weight.target, expected, dtype)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_only_a_panel_leaves_the_stage_alone(monkeypatch, in_place):
+    """It gates DOWN itself: one by one or all at once, the gates are what it needs."""
+    weights = weights_of(("cpu", torch.float16), TALL[:1], in_place=in_place)
+    source = weights[0].source.clone()
+    emulate(monkeypatch, weights)
+    plan = plan_sgmm(weights, 2, in_place=in_place)
+    monkeypatch.setattr(sgmm, "keep_gates_", lambda plan, gates, weight: sgmm_ref.keep_gates_(plan, gates))
+    merge = sgmm.Sgmm(plan, PANEL)
+    route = route_of([0] * plan.segments, "cpu")
+    for indices, values in (([1, 3], [0.6, 0.3]), ([2, 1], [0.9, 0.2])):
+        if in_place:
+            route[2:] = route[:2].clone()
+        route[:2], gates = route_of(indices, "cpu"), gates_of(values, "cpu")
+        merge.stage_(route, gates)
+        merge.merge_(route)
+        assert_close(weights[0].target, dense(weights[0], source, route[:2], gates), torch.float16)
+    assert not plan.stage.any()
+
+
 def test_what_a_panel_cannot_do_is_done_without():
     """Blocks that do not fill, two ranks, four bytes, no Hopper: the plain kernel."""
     for shapes, dtype, ranks in ((ODD, torch.float16, (16, 16)), (EVEN, torch.float32, (16, 32))):
@@ -238,6 +279,17 @@ def test_what_a_panel_cannot_do_is_done_without():
         ]
         merge = sgmm.Sgmm(plan_sgmm(weights, 2, in_place=False), PANEL)
         assert not merge.panel and merge.tuning is PLAIN
+
+
+@pytest.mark.parametrize(
+    ("inner", "block_out", "programs"),
+    [(128, 64, 3), (256, 64, 2), (512, 128, 1), (1024, 128, 1), (64, 128, 2)],
+)
+def test_the_tuning_in_use_fits(inner, block_out, programs):
+    tuning = sgmm_tuning(inner)
+    assert tuning.panel == (inner in (128, 256, 512))
+    assert not tuning.panel or tuning.panel_fits(inner)
+    assert (tuning.block_out, tuning.programs_per_sm) == (block_out, programs)
 
 
 def test_tunings_have_names_of_their_own():

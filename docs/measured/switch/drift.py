@@ -25,12 +25,7 @@ def measure_drift(run: Run, shape: ModelShape, rank: int) -> None:
     spec = DynamicAdapterSpec(name="d", num_experts=EXPERTS, top_k=TOP_K, rank=rank)
     pools = random_expert_pools(spec, shape, seed=rank, dtype=run.dtype, device=run.device)
     if run.tiny:
-        ops = replace(
-            ops,
-            merge_of=lambda plan: (
-                lambda route, weight: Sgmm(plan, candidates(run)[1]).merge_(route, weight=weight)
-            ),
-        )
+        ops = replace(ops, merge_of=lambda plan: Sgmm(plan, candidates(run)[1]))
     merge = ExpertMerge(pools, weights, ops, in_place=True)
     decoder = SwitchDecoder(shape, weights, pools, ops, batch=1, max_tokens=16, merge=merge)
     x = torch.randn(steps, shape.hidden_size, device=run.device).to(run.dtype)

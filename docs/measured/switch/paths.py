@@ -183,10 +183,9 @@ class Model:
         with run.guarded(f"{self.what} held {form}"):
             self.held(form, switch)
 
-    def merge_of(self, plan: SgmmPlan, in_place: bool) -> Callable[[torch.Tensor, int | None], None]:
+    def merge_of(self, plan: SgmmPlan, in_place: bool) -> Sgmm:
         """Return a plan's merge with the fastest tuning known."""
-        merge = Sgmm(plan, self.best.get(in_place) or (candidates(self.run)[0] if self.run.tiny else None))
-        return lambda route, weight: merge.merge_(route, weight=weight)
+        return Sgmm(plan, self.best.get(in_place) or (candidates(self.run)[0] if self.run.tiny else None))
 
     def held(self, form: str, switch: Callable[[], object]) -> None:
         """Time tokens of which every so many share a route: one merge, then base steps."""
