@@ -20,6 +20,8 @@ Source: LoRA-Switch, arXiv:2405.17741 (no code was published; table, tiles and t
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -217,7 +219,8 @@ class Sgmm:
         self.plan = plan
         self.rank = max(weight.rank for weight in plan.weights)
         self.inner = plan.segments * self.rank
-        self.tuning = tuning = tuning or sgmm_tuning(self.inner)
+        columns = math.gcd(*(weight.target.shape[1] for weight in plan.weights))
+        self.tuning = tuning = tuning or sgmm_tuning(self.inner, columns)
         self.panel = tuning.panel and self._takes_panel(tuning)
         if tuning.panel and not self.panel:
             self.tuning = tuning = PLAIN
@@ -257,7 +260,7 @@ class Sgmm:
         if self.panel:
             sgmm_panel_kernel[grid](
                 *arguments[:4], self.plan.gates, *arguments[4:], RANK=self.rank, RING=tuning.num_stages,
-                OVERLAP=self.overlap, LATE=tuning.late, PARTS=tuning.parts, GATED=self.plan.staged, **common,
+                OVERLAP=self.overlap, PARTS=tuning.parts, GATED=self.plan.staged, **common,
             )  # fmt: skip
         elif self.flat:
             sgmm_flat_kernel[grid](*arguments, RANK=self.rank, num_stages=tuning.num_stages, **common)

@@ -27,7 +27,6 @@ class SgmmTuning:
     )
     panel: bool = False  # DOWN stays in shared memory, W goes by it (kernels/sgmm_panel.py)
     overlap: bool = False  # with a panel: begin a matrix step before the last one's end
-    late: bool = False  # with a panel: store a tile after the next one's first matrix step is begun
     parts: int = (
         1  # with a panel: 2 are groups of so many warps that share it, with tiles and buffers of their own
     )
@@ -35,9 +34,7 @@ class SgmmTuning:
     @property
     def name(self) -> str:
         """Return a short name, for tables."""
-        kind = (
-            " flat" * self.flatten + " panel" * self.panel + " overlap" * self.overlap + " late" * self.late
-        )
+        kind = " flat" * self.flatten + " panel" * self.panel + " overlap" * self.overlap
         blocks = f"{self.block_out}x{self.block_in}x{self.block_k}"
         warps = f"{self.parts}x{self.num_warps}" if self.parts > 1 else self.num_warps
         return f"{blocks} w{warps} s{self.num_stages} p{self.programs_per_sm}{kind}"
@@ -68,38 +65,21 @@ PLAIN = SgmmTuning(max_registers=128)
 WIDE = SgmmTuning(block_in=256, programs_per_sm=1, flatten=True)
 NARROW = SgmmTuning(block_out=64, block_k=128, num_warps=4, panel=True)
 LOW = replace(NARROW, num_stages=2, programs_per_sm=3)
-FINE = replace(NARROW, block_k=64, num_stages=6, overlap=True)
-PAIRED = replace(FINE, block_in=256, num_warps=8, programs_per_sm=1)
-SQUARE = replace(FINE, block_out=128, num_warps=8, programs_per_sm=1)
-TWO = replace(FINE, programs_per_sm=1, parts=2)
-CANDIDATES = (
-    PLAIN,
-    LOW,
-    NARROW,
-    FINE,
-    PAIRED,
-    SQUARE,
-    replace(LOW, block_k=64, num_stages=4, overlap=True),
-    replace(NARROW, late=True),
-    replace(NARROW, block_in=256),
-    replace(PAIRED, late=True),
-    replace(PAIRED, block_out=128),
-    replace(SQUARE, late=True),
-    TWO,
-    replace(TWO, late=True),
-    replace(TWO, block_in=256),
-    replace(TWO, block_in=256, block_k=32, num_stages=12),
-)
-"""What the benchmark times, all in one visit: the first six were the best of 2026-11-22 (one H200), before W moved as pairs; those of two parts
-come last."""
+TWO = replace(NARROW, block_k=64, num_stages=6, programs_per_sm=1, overlap=True, parts=2)
+TWO_WIDE = replace(TWO, block_in=256)
+CANDIDATES = (PLAIN, LOW, NARROW, TWO, TWO_WIDE)
+"""What the benchmark times: those in use, and the best panel of one part at inner 256 (NARROW, 1.43 times the bound in place)."""
 
 
-def sgmm_tuning(inner: int) -> SgmmTuning:
+def sgmm_tuning(inner: int, columns: int = 256) -> SgmmTuning:
     """Return the tuning for an inner dimension (ranks of all experts of a product); `Sgmm` takes PLAIN instead of a panel that it cannot use.
 
-    The fastest of those measured on one H200, 2026-11-22, on Llama-3.1-8B: inner 128 LOW, 256 NARROW, 512 SQUARE; below, PLAIN alone was
-    measured, and where no panel fits, WIDE was the fastest without one.
+    columns: a number that divides the width of every weight. The fastest of 15 panels and PLAIN on one H200, 2026-11-22, Llama-3.1-8B, times
+    over the bound, gates included: inner 32 LOW 1.16, 128 TWO_WIDE 1.31, 256 TWO_WIDE 1.38 to 1.39, 512 TWO 1.38 (1.66 when it runs for long).
+    Below 32 no panel was measured (PLAIN: 1.28 at 16). Where no panel fits, WIDE was the fastest without one.
     """
     if inner < 128:
-        return PLAIN
-    return next((tuning for tuning in (LOW, NARROW, SQUARE) if tuning.panel_fits(inner)), WIDE)
+        return LOW if inner >= 32 and LOW.panel_fits(inner) else PLAIN
+    if columns % TWO_WIDE.block_in == 0 and TWO_WIDE.panel_fits(inner):
+        return TWO_WIDE
+    return TWO if TWO.panel_fits(inner) else WIDE

@@ -10,9 +10,10 @@ two models) would need rates of L2 from 2.5 to 7.3 TB/s, while the fastest of ea
 
     1.23 · (bytes of W at the copy rate) + 1.15 · (operations at 790 TFLOP/s)        within 1.7%
 
-a sum, for a tile loads W, waits for its first factors, multiplies and stores in turn. Here the longer of the two should remain, and what runs
-between products. L2 carries W and 2 · inner / BLOCK_IN bytes of UP for each element: Llama-3.1-8B at inner 256 and BLOCK_IN 256 28 GB, at 512
-and 128 70 GB; tiles of 128x256 that load both factors 56 and 98 GB.
+a sum, for a tile loads W, waits for its first factors, multiplies and stores in turn. Here the longer of the two remains, and what runs
+between products: 1.31 times the bound at inner 128, 1.36 to 1.39 at 256, 1.38 at 512, 1.66 when that runs for long (one H200, 2026-11-22,
+Llama-3.1-8B). L2 carries W and 2 · inner / BLOCK_IN bytes of UP for each element: at inner 256 and BLOCK_IN 256 28 GB, at 512 and 128 70 GB;
+tiles of 128x256 that load both factors 56 and 98 GB.
 
 A thread of a wgmma holds pairs of columns, 8 apart. The panel's columns are laid so that its 8 of a group of 32 are neighbours in W: W moves
 16 bytes a thread, straight between memory and accumulators, not through shared memory. It is loaded and kept as pairs in int32: two-byte
@@ -168,14 +169,13 @@ def gather(meet, phase, PARTS: gl.constexpr):
 def walk(
     like, records, runs, route, gates, first_run, num_runs, ring, panel, meet,
     PART: gl.constexpr, PARTS: gl.constexpr, SEGMENTS: gl.constexpr, RANK: gl.constexpr, BLOCK_OUT: gl.constexpr,
-    BLOCK_IN: gl.constexpr, BLOCK_K: gl.constexpr, RING: gl.constexpr, OVERLAP: gl.constexpr, LATE: gl.constexpr,
-    GATED: gl.constexpr, COLUMNS: gl.constexpr, WARPS: gl.constexpr,
+    BLOCK_IN: gl.constexpr, BLOCK_K: gl.constexpr, RING: gl.constexpr, OVERLAP: gl.constexpr, GATED: gl.constexpr,
+    COLUMNS: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """Merge runs of tiles; of several parts, every PARTS-th tile of each.
 
     Of a piece's buffer: its copy is asked for after a barrier that all threads reach with the product that last read it behind them. That is
     the one before (OVERLAP False, up to RING - 1 pieces ahead) or the one before that (True: a product is waited for after the next is begun).
-    LATE: a tile is stored after the next one's first product is begun.
     """
     CHUNKS: gl.constexpr = SEGMENTS * RANK // BLOCK_K
     AHEAD: gl.constexpr = RING - 2 if OVERLAP else RING - 1
@@ -260,7 +260,6 @@ def walk(
         phase = gather(meet, phase, PARTS)
         slot = gl.to_tensor(0)
         free = gl.to_tensor(AHEAD)
-        new = old
         for turn in range(0, count):
             update = gl.convert_layout(swap(widen(old, like, BLOCK_OUT, BLOCK_IN), BLOCK_OUT, BLOCK_IN), SUM)
             for chunk in gl.static_range(CHUNKS):
@@ -275,10 +274,6 @@ def walk(
                     ring, free, later < count,
                 )  # fmt: skip
                 if chunk == 0:
-                    if LATE:
-                        at = write[:, None] + w_pair[None, :]
-                        gl.store(at, new, mask=turn > 0, eviction_policy="evict_first")
-                        write += gl.where(turn > 0, target_stride * STEP, 0)
                     read += source_stride.to(gl.int64) * STEP
                     at = read[:, None] + w_pair[None, :]
                     old = gl.load(at, mask=turn + 1 < count, eviction_policy="evict_first")
@@ -286,19 +281,16 @@ def walk(
                 free = gl.where(free == RING - 1, 0, free + 1)
                 update = warpgroup_mma_wait(1 if OVERLAP and chunk < CHUNKS - 1 else 0, deps=(product,))
             new = gl.convert_layout(narrow(swap(update, BLOCK_OUT, BLOCK_IN), like, BLOCK_OUT, BLOCK_IN), W)
-            if not LATE:
-                gl.store(write[:, None] + w_pair[None, :], new, eviction_policy="evict_first")
-                write += target_stride.to(gl.int64) * STEP
-        if LATE:
-            gl.store(write[:, None] + w_pair[None, :], new, mask=count > 0, eviction_policy="evict_first")
+            gl.store(write[:, None] + w_pair[None, :], new, eviction_policy="evict_first")
+            write += target_stride.to(gl.int64) * STEP
 
 
 @gluon.jit(do_not_specialize=["first_run", "num_runs"])
 def sgmm_panel_kernel(
     like, records, runs, route, gates, first_run, num_runs,
     SEGMENTS: gl.constexpr, RANK: gl.constexpr, BLOCK_OUT: gl.constexpr, BLOCK_IN: gl.constexpr, BLOCK_K: gl.constexpr,
-    RING: gl.constexpr, OVERLAP: gl.constexpr, LATE: gl.constexpr, PARTS: gl.constexpr, GATED: gl.constexpr,
-    COLUMNS: gl.constexpr, num_warps: gl.constexpr,
+    RING: gl.constexpr, OVERLAP: gl.constexpr, PARTS: gl.constexpr, GATED: gl.constexpr, COLUMNS: gl.constexpr,
+    num_warps: gl.constexpr,
 ):  # fmt: skip
     """Merge runs of tiles. runs: int32 [n, 4] (weight, row, column, tiles); gates: fp32 [weights, SEGMENTS].
 
@@ -312,7 +304,7 @@ def sgmm_panel_kernel(
     if PARTS == 1:
         walk(
             like, records, runs, route, gates, first_run, num_runs, ring, panel, ring, 0, PARTS, SEGMENTS, RANK,
-            BLOCK_OUT, BLOCK_IN, BLOCK_K, RING, OVERLAP, LATE, GATED, COLUMNS, num_warps,
+            BLOCK_OUT, BLOCK_IN, BLOCK_K, RING, OVERLAP, GATED, COLUMNS, num_warps,
         )  # fmt: skip
     else:
         meet = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
@@ -320,7 +312,7 @@ def sgmm_panel_kernel(
         ring_1 = gl.allocate_shared_memory(DTYPE, [RING, BLOCK_K, BLOCK_OUT], SHARED)
         gl.warp_specialize([
             (walk, (like, records, runs, route, gates, first_run, num_runs, ring, panel, meet, 0, PARTS, SEGMENTS, RANK,
-                    BLOCK_OUT, BLOCK_IN, BLOCK_K, RING, OVERLAP, LATE, GATED, COLUMNS, num_warps)),
+                    BLOCK_OUT, BLOCK_IN, BLOCK_K, RING, OVERLAP, GATED, COLUMNS, num_warps)),
             (walk, (like, records, runs, route, gates, first_run, num_runs, ring_1, panel, meet, 1, PARTS, SEGMENTS, RANK,
-                    BLOCK_OUT, BLOCK_IN, BLOCK_K, RING, OVERLAP, LATE, GATED, COLUMNS, num_warps)),
+                    BLOCK_OUT, BLOCK_IN, BLOCK_K, RING, OVERLAP, GATED, COLUMNS, num_warps)),
         ], [num_warps], [256])  # fmt: skip

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from sim.heating import Heat, Heating
 from sim.records import RecordedRun, recorded_steps
 from sim.replica import StepTimes
 from sim.result import SimResult, plain
@@ -131,12 +132,21 @@ def _latencies(requests: Mapping[str, Any] | pd.DataFrame) -> dict[str, Floats]:
 
 
 def by_step(run: RecordedRun, costs: StepTimes) -> list[dict[str, Any]]:
-    """Price the recorded shapes: relative error by kind of step (median, signed and absolute, and p95), and of their total time."""
+    """Price the recorded shapes: relative error by kind of step (median, signed and absolute, and p95), and of their total time.
+
+    Steps with prompts run on GPUs as hot as the steps before made them. Where only some steps were kept, these stand for the rest, one right
+    behind the other.
+    """
     steps = recorded_steps(run)
     if not steps:
         return []
     measured = np.array([duration_s for _, duration_s in steps])
     predicted = np.array([costs.step_s(shape) for shape, _ in steps])
+    if costs.heating is not None:
+        prompts = [(index, shape.tokens) for index, (shape, _) in enumerate(steps) if shape.prefill_chunks]
+        heats, starts_s = _heats(run, costs.heating), _starts_s(run)
+        for index, tokens in prompts:
+            predicted[index] = heats[index].run(float(predicted[index]), tokens, float(starts_s[index]))
     kinds = np.array([kind_of(shape.decode_rows, shape.prefill_chunks) for shape, _ in steps])
     found = [("all", np.ones(len(steps), dtype=bool)), *((kind, kinds == kind) for kind in KINDS)]
     return [
@@ -145,6 +155,23 @@ def by_step(run: RecordedRun, costs: StepTimes) -> list[dict[str, Any]]:
         for kind, rows in found
         if rows.any()
     ]
+
+
+def _heats(run: RecordedRun, heating: Heating) -> list[Heat]:
+    """Return the heat of the replica that ran each step."""
+    replicas = run.steps["replica"].tolist() if "replica" in run.steps else [0] * len(run.steps)
+    of_replica = {replica: Heat(heating) for replica in replicas}
+    return [of_replica[replica] for replica in replicas]
+
+
+def _starts_s(run: RecordedRun) -> Floats:
+    """Return when each step started; of a thinned record, if those kept had followed each other."""
+    steps = run.steps
+    if run.steps_every == 1 and "start_s" in steps:
+        return np.asarray(steps["start_s"], dtype=float)
+    durations_s = steps["duration_s"].astype(float)
+    ends_s = durations_s.groupby(steps["replica"]).cumsum() if "replica" in steps else durations_s.cumsum()
+    return np.asarray(ends_s - durations_s, dtype=float)
 
 
 def kind_of(decode_rows: int, prefill_chunks: int) -> str:

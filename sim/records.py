@@ -23,7 +23,8 @@ from traces.run_record import RunRecord, read_run
 class RecordedRun:
     """A run record as the simulator takes it.
 
-    load: the offered load over the capacity, where the record tells it. requests: as measured, in the trace's order; steps: as recorded.
+    load: the offered load over the capacity, where the record tells it. requests: as measured, in the trace's order; steps: as recorded, one of
+    every `steps_every`.
     """
 
     name: str
@@ -35,6 +36,7 @@ class RecordedRun:
     requests: pd.DataFrame
     steps: pd.DataFrame
     machine: str = ""
+    steps_every: int = 1
 
     @property
     def key(self) -> Hashable:
@@ -66,6 +68,7 @@ def recorded_run(path: Path, root: Path | None = None) -> RecordedRun:
         requests=requests,
         steps=record.steps,
         machine=_machine(record),
+        steps_every=int(record.run.get("steps_kept_every", 1)),
     )
 
 

@@ -5,6 +5,7 @@ Interval: latency of a collective between eight GPUs as between two, or three ti
 
 import itertools
 
+import sim.costs
 import sim.exchange
 from engine.adapter import AdapterSpec
 from engine.blueprint import blueprint
@@ -29,6 +30,7 @@ def step_ms(profile, model, gpu, sharding, collectives, factor, batch, *, flat):
         wanted = MadeUpStep(chunks=((0, 1024, "0"),))
     shape = made_up_shape(wanted, blueprint(config, specs).footprints)
     sim.exchange.log2 = (lambda _: 1.0) if flat else TREE
+    sim.costs._composed.cache_clear()  # what was priced before by the other
     try:
         return costs_for(profile, config).step_s(shape) * 1e3
     finally:

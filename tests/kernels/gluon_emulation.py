@@ -196,9 +196,7 @@ def load(pointers, mask=None, eviction_policy=""):
     return flat[index]
 
 
-def store(pointers, values, mask=None, eviction_policy=""):
-    if mask is not None and not bool(mask):
-        return
+def store(pointers, values, eviction_policy=""):
     flat, index = pointers.cells()
     assert index.unique().numel() == index.numel()
     flat[index] = values

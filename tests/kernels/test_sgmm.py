@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kernels import sgmm, sgmm_panel, sgmm_ref, sgmm_stage
-from kernels.sgmm_launch import CANDIDATES, PLAIN, SgmmTuning, sgmm_tuning
+from kernels.sgmm_launch import CANDIDATES, LOW, PLAIN, TWO, TWO_WIDE, WIDE, SgmmTuning, sgmm_tuning
 from kernels.sgmm_plan import SgmmWeight, plan_sgmm
 from tests.kernels.gluon_emulation import Emulated
 from tests.kernels.tolerances import assert_close, relative_error
@@ -204,11 +204,8 @@ def emulate(monkeypatch, weights):
         replace(PANEL, overlap=True),
         replace(PANEL, num_stages=5),
         replace(PANEL, num_stages=6, overlap=True, block_in=32, block_k=16),
-        replace(PANEL, late=True),
-        replace(PANEL, overlap=True, late=True, num_stages=4),
         replace(PANEL, parts=2),
         replace(PANEL, parts=2, overlap=True, num_stages=6, block_k=16),
-        replace(PANEL, parts=2, overlap=True, num_stages=4, late=True),
     ],
     ids=lambda tuning: tuning.name,
 )
@@ -282,14 +279,25 @@ def test_what_a_panel_cannot_do_is_done_without():
 
 
 @pytest.mark.parametrize(
-    ("inner", "block_out", "programs"),
-    [(128, 64, 3), (256, 64, 2), (512, 128, 1), (1024, 128, 1), (64, 128, 2)],
+    ("inner", "tuning"),
+    [
+        *((inner, PLAIN) for inner in (1, 8, 16, 24, 40, 72)),
+        *((inner, LOW) for inner in (32, 48, 64, 96)),
+        *((inner, TWO_WIDE) for inner in (128, 160, 192, 256)),
+        *((inner, TWO) for inner in (320, 384, 512)),
+        *((inner, WIDE) for inner in (144, 1024)),
+    ],
 )
-def test_the_tuning_in_use_fits(inner, block_out, programs):
-    tuning = sgmm_tuning(inner)
-    assert tuning.panel == (inner in (128, 256, 512))
+def test_the_tuning_in_use_fits(inner, tuning):
+    assert sgmm_tuning(inner) is tuning
     assert not tuning.panel or tuning.panel_fits(inner)
-    assert (tuning.block_out, tuning.programs_per_sm) == (block_out, programs)
+
+
+@pytest.mark.parametrize(("width", "tuning"), [(512, TWO_WIDE), (384, TWO)])
+def test_weights_that_wide_tiles_do_not_fill_get_narrow_ones(monkeypatch, width, tuning):
+    weights = weights_of(("cpu", torch.float16), [(64, 256), (64, width)], rank=64)
+    emulate(monkeypatch, weights)
+    assert sgmm.Sgmm(plan_sgmm(weights, 2, in_place=False)).tuning is tuning
 
 
 def test_tunings_have_names_of_their_own():
