@@ -36,6 +36,7 @@ MODULES = (
     "engine.step_shape",
     "engine.unified_pool",
     "sim.costs",
+    "sim.heating",
     "sim.loads",
     "sim.observe",
     "sim.price",

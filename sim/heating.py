@@ -29,7 +29,7 @@ TAUS_S = np.geomspace(0.01, 0.5, 40)
 DRIVES = np.geomspace(1.05, 8.0, 40)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, unsafe_hash=True)  # not frozen: compiled, it could not be sent to another process
 class Heating:
     """slowdowns: by how much a step of so many tokens takes longer at the limit, ascending in tokens; in between on a straight line."""
 
@@ -53,17 +53,19 @@ class Heating:
 class Heat:
     """The level of one replica's GPUs."""
 
-    __slots__ = ("_at_s", "_heating", "_level")
-
     def __init__(self, heating: Heating) -> None:
         self._heating = heating
+        self._tau_s, self._drive = heating.tau_s, heating.drive
+        self._slowdowns: dict[int, float] = {}  # by tokens
         self._level = 0.0  # as of _at_s, when a step with prompts had last ended
         self._at_s = 0.0
 
     def run(self, cool_s: float, tokens: int, now_s: float) -> float:
         """Return what a step with prompts takes that starts now and would take `cool_s` on a cool GPU; the level is then that of its end."""
-        tau_s, drive = self._heating.tau_s, self._heating.drive
-        slowdown = self._heating.slowdown(tokens)
+        tau_s, drive = self._tau_s, self._drive
+        slowdown = self._slowdowns.get(tokens)
+        if slowdown is None:
+            slowdown = self._slowdowns[tokens] = self._heating.slowdown(tokens)
         if slowdown <= 0:
             return cool_s
         level = self._level * exp((self._at_s - now_s) / tau_s)
@@ -78,7 +80,7 @@ class Heat:
         return duration_s
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Series:
     """Times of steps one after the other, from a cool GPU on. decodes: so many decode steps follow each step with prompts; us: of all."""
 
