@@ -253,9 +253,14 @@ def _profile_clock(bench: StepBench, config: ServingConfig, *, quick: bool) -> l
     decodes = ((256, None),) * min(32, config.max_num_seqs)
     cooling = MadeUpStep(decodes=decodes)
     most = min(config.max_num_batched_tokens, config.graph_max_tokens)
-    for tokens in [tokens for tokens in CLOCK_TOKENS if tokens <= most]:
-        for between in CLOCK_DECODES if tokens == min(CLOCK_TOKENS[-1], most) else (0,):
-            prompt = MadeUpStep(decodes=decodes, chunks=((0, tokens - len(decodes), None),))
+    prompts = {
+        tokens: MadeUpStep(decodes=decodes, chunks=((0, tokens - len(decodes), None),))
+        for tokens in CLOCK_TOKENS
+        if len(decodes) < tokens <= most
+    }
+    prompts = {tokens: prompt for tokens, prompt in prompts.items() if _fits(bench, prompt)}
+    for tokens, prompt in prompts.items():
+        for between in CLOCK_DECODES if tokens == max(prompts) else (0,):
             rounds_us = 4500 * (1 + between) + 18 * tokens  # about what it takes on an H200
             rounds = 3 if quick else round(WATCHED_S * 1e6 / rounds_us)
             bench.series_us(cooling, 2 if quick else COOLING_STEPS)

@@ -81,7 +81,8 @@ def _decode_s(costs: StepTimes, rows: int) -> float:
 
 
 def _dense_s(costs: StepTimes, tokens: int) -> float:
-    return costs.step_s(StepShape(prefill_tokens=tokens))
+    """Return the least time of a step's tokens, whether as decodes or as a prompt: either kind has its own correction."""
+    return min(costs.step_s(StepShape(prefill_tokens=tokens, prefill_chunks=chunks)) for chunks in (0, 1))
 
 
 def _prefill_s(costs: StepTimes, prompt: int, chunk: int) -> float:

@@ -181,7 +181,8 @@ class StepCosts:
         )
         self._parallel = None if setting.tp == 1 else _parallel_of(profile, setting)
         corrections, self.report = _correction_of(profile, self._parallel)
-        self.heating = _heating_of(profile) if setting.tp == 1 else None
+        # Whole steps of several GPUs were measured as they ran; what was corrected by those of one GPU is of a cool one.
+        self.heating = _heating_of(profile) if self._parallel is None else None
         self._launches_s = (
             _eager_launches_us(profile) * setting.model.num_layers / profile.model.num_layers * 1e-6
         )

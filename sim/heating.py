@@ -1,11 +1,11 @@
 """How the GPU's clock falls under prompts, whose products draw more power than the GPU may, averaged over some ten milliseconds.
 
-A step of 1,024 tokens after decodes alone takes 21.2 ms, and 24.2 from the fourth on (one H200, 2026-11-22); one of 512 11.2 and 12.9; one of
-128 does not slow down, nor do decodes. Prompts between decodes slow down only where they are most of the time. So a GPU has a level, 0 after
+A step of 1,024 tokens after decodes alone takes 21.3 ms, and 23.6 to 25 some 100 ms later (one H200, 2026-11-22); one of 512 11.4 and 13 to 14; one
+of 128 hardly slows down, decodes do not. Prompts between decodes slow down only where they are most of the time. So a GPU has a level, 0 after
 decodes alone and 1 where its average power has come to what it may be:
 
     with prompts   level' = (drive − level) / τ, at most 1; at 1 a step takes 1 + slowdown(tokens) times as long
-    otherwise      level' = −level / τ
+    otherwise      level' = −level / τ; also with prompts so small that they do not slow down
 
 `python -m engine profile` watches series of such steps, with decodes between them and without (`clock`), which give τ, drive and slowdown.
 Costs are of a cool GPU; each replica has a level.
@@ -68,7 +68,8 @@ class Heat:
             slowdown = self._slowdowns[tokens] = self._heating.slowdown(tokens)
         if slowdown <= 0:
             return cool_s
-        level = self._level * exp((self._at_s - now_s) / tau_s)
+        # The step before may be said to end later than this one starts, where recorded steps are priced.
+        level = self._level * exp(min(0.0, self._at_s - now_s) / tau_s)
         free_s = tau_s * log((drive - level) / (drive - 1))
         if cool_s <= free_s:
             duration_s = cool_s

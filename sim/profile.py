@@ -151,7 +151,7 @@ def parse_profile(data: Any, source: str, parallel: Sequence[tuple[Any, str]] = 
         operators=operators,
         steps=shapes,
         steps_us=steps_us,
-        clock=_clock(data.get("clock", []), f"{source}: clock"),
+        clock=_clock(data.get("clock"), f"{source}: clock"),
         parallel=tuple(steps_of_ranks),
         host=_table(data.get("host"), ("rows", "prefill_chunks"), (), f"{source}: host"),
         provenance={
@@ -172,6 +172,8 @@ def _gpu(data: Mapping[str, Any], source: str) -> GpuSpec:
 
 
 def _clock(given: Any, place: str) -> tuple[Series, ...]:
+    if given is None:
+        return ()
     if not isinstance(given, list):
         raise UserError(f"{place} must be a list")
     series = []
@@ -180,8 +182,8 @@ def _clock(given: Any, place: str) -> tuple[Series, ...]:
         times = row.get("us") if isinstance(row, dict) else None
         if not isinstance(times, list) or len(times) < 2:
             raise UserError(f"{at}: us must be a list of at least two times")
-        if any(isinstance(us, bool) or not isinstance(us, int | float) or not us > 0 for us in times):
-            raise UserError(f"{at}: us must hold positive numbers")
+        for us in times:
+            _number({"us": us}, "us", at)
         decodes = row.get("decodes", 0)
         if isinstance(decodes, bool) or not isinstance(decodes, int) or decodes < 0:
             raise UserError(f"{at}: decodes={decodes!r} must be an integer of at least 0")

@@ -50,6 +50,9 @@ def main() -> int:
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--budget-s", type=float, default=590.0)
     asked = parser.parse_args()
+    unknown = sorted(set(asked.parts.split(",")) - set(PARTS))
+    if unknown:
+        parser.error(f"--parts: {unknown[0]!r} is none of {', '.join(PARTS)}")
     ends_s = time.monotonic() + asked.budget_s
     number, failed = VISIT_OF[asked.gpus], 0
     for part in asked.parts.split(","):

@@ -28,7 +28,11 @@ def steps(profile, model, tp):
     adapters = parallel_adapters(plan, tp)
     for mode in plan.modes:
         config = ServingConfig(
-            model=model, tp=tp, lora_sharding=mode.lora_sharding, collectives=mode.collectives
+            model=model,
+            tp=tp,
+            lora_sharding=mode.lora_sharding,
+            collectives=mode.collectives,
+            **LIMITS[model],
         )
         dense_only = mode.lora_sharding != "block_diagonal"
         known = {name: spec for name, spec in adapters.items() if spec.kind == "lora" or not dense_only}

@@ -1,5 +1,7 @@
 """The falling clock: parameters found again from series that were made with them, and steps of a cool and of a hot GPU."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -75,6 +77,15 @@ def test_a_step_takes_between_its_cool_and_its_hot_time(steps):
         now_s += took_s
 
 
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.floats(1e-4, 0.3), st.floats(0.0, 0.3)), min_size=1, max_size=30))
+def test_recorded_steps_may_start_before_the_last_one_is_said_to_end(steps):
+    heat, now_s = Heat(HEATING), 0.0
+    for cool_s, next_s in steps:
+        assert cool_s <= heat.run(cool_s, 1024, now_s) <= cool_s * 1.13 * (1 + 1e-12)
+        now_s += next_s
+
+
 def test_the_simulator_runs_prompts_on_a_gpu_that_heats_up():
     requests = [
         TraceRequest(id=n, arrival_s=0.0, prompt_tokens=1024, output_tokens=1, adapter=None) for n in range(6)
@@ -88,6 +99,13 @@ def test_the_simulator_runs_prompts_on_a_gpu_that_heats_up():
     assert cool.duration_s == pytest.approx(6 * 0.02)
     assert hot.duration_s == pytest.approx(now_s)
     assert hot.duration_s > cool.duration_s
+
+
+def test_without_steps_of_several_gpus_those_heat_up_too():
+    profile = replace(load_profile(PROFILES / "llama-3.1-8b.h200.json"), parallel=())
+    assert costs_for(profile, ServingConfig(tp=2)).heating is not None, (
+        "it was corrected by steps of one, cooled"
+    )
 
 
 def test_the_shipped_profile_knows_how_its_gpu_slows_down():
