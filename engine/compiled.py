@@ -41,6 +41,7 @@ MODULES = (
     "sim.observe",
     "sim.price",
     "sim.segment",
+    "sim.step_sum",
 )
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / ".compiled"

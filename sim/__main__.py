@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterable
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -243,10 +244,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _costs(profile: Path | None) -> Callable[[ServingConfig], StepCosts]:
     """Return what prices a configuration: from the profile given, else from the one shipped for it."""
-    given = None if profile is None else load_profile(profile)
+    load = cache(load_profile)  # one profile is read, and so fitted, once for many configurations
 
     def price(config: ServingConfig) -> StepCosts:
-        return costs_for(given or load_profile(find_profile(config)), config)
+        return costs_for(load(profile or find_profile(config)), config)
 
     return price
 

@@ -13,7 +13,6 @@ Costs are of a cool GPU; each replica has a level.
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import exp, log
@@ -40,14 +39,7 @@ class Heating:
 
     def slowdown(self, tokens: float) -> float:
         """Return by how much a step with prompts of so many tokens in all is slower at the limit; 0.1 is a tenth."""
-        at = bisect_right(self.tokens, tokens)
-        if at == 0:
-            return self.slowdowns[0] * tokens / self.tokens[0]
-        if at == len(self.tokens):
-            return self.slowdowns[-1]
-        low, high = self.tokens[at - 1], self.tokens[at]
-        before, after = self.slowdowns[at - 1], self.slowdowns[at]
-        return before + (after - before) * (tokens - low) / (high - low)
+        return float(np.interp(tokens, (0.0, *self.tokens), (0.0, *self.slowdowns)))
 
 
 class Heat:
@@ -102,11 +94,12 @@ def fit_heating(series: Sequence[Series]) -> Heating | None:
     for index, one in enumerate(alone):
         slowdowns[index], error = _slowdowns(one, tau_s, drive)
         errors += error
-    most = slowdowns.max(axis=0)
-    for one in between:
-        errors += _error(one, tau_s, drive, most)
+    sizes = [one.tokens for one in alone]
+    for one in between:  # as far as those alone are, of the nearest size
+        nearest = int(np.abs(np.array(sizes) - one.tokens).argmin())
+        errors += _error(one, tau_s, drive, slowdowns[nearest])
     best = int(errors.argmin())
-    if most[best] < LEAST_SLOWDOWN:
+    if slowdowns[:, best].max() < LEAST_SLOWDOWN:
         return None
     found = tuple(slowdowns[:, best].tolist())
     return Heating(float(tau_s[best]), float(drive[best]), tuple(float(one.tokens) for one in alone), found)

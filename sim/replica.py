@@ -159,7 +159,7 @@ class Replica:
         step = self._running = self._planned
         assert step is not None
         if step.merged != self._merged:
-            return self._run_alone(step, self._costs.step_s(step.shape) + self._switch_s(step), now_s)
+            return self._run_alone(step, self._costs.step_s(step.shape), now_s, self._switch_s(step))
         if self._fast_forward and self.scheduler.steady and self.loads.next_end_s > now_s:
             further = self.scheduler.extendable()
             if further > 0:
@@ -172,10 +172,11 @@ class Replica:
         assert self._switches is not None
         return self._switches.between(before, step.merged)
 
-    def _run_alone(self, step: Step, gpu_s: float, now_s: float) -> Next:
+    def _run_alone(self, step: Step, gpu_s: float, now_s: float, switch_s: float = 0.0) -> Next:
         shape = step.shape
         if self._heat is not None and shape.prefill_chunks:
             gpu_s = self._heat.run(gpu_s, shape.tokens, now_s)
+        gpu_s += switch_s
         host_s = self._costs.host_s(shape)
         duration_s = gpu_s if gpu_s > host_s else host_s
         self.observer.ran(shape, now_s, duration_s, gpu_s)
