@@ -6,6 +6,7 @@ fitted costs are judged by.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterator
@@ -26,10 +27,12 @@ from engine.requests import Request
 from engine.runner import Runner
 from engine.step import StepShape
 from engine.step_profile import MadeUpStep, StepBench
+from kernels.lora_launch import LAUNCH_BOUNDARIES
 
 ATTENTION_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 SCHEMA_VERSION = 1
 MOST_KV_TOKENS = 8000  # of a made-up decode row
+LARGE_TOKENS = 512  # steps above it are few in a grid, and launch LoRA in their own way
 CLOCK_TOKENS = (128, 256, 512, 1024)  # of the steps whose slowing down is watched
 CLOCK_DECODES = (0, 1, 2, 3, 5, 8)  # decode steps between two of them, at the largest size
 COOLING_STEPS, WATCHED_S = 160, 1.0  # after decode steps alone, for so long
@@ -215,24 +218,28 @@ def _profile_lora(bench: StepBench, *, quick: bool) -> list[dict[str, Any]]:
         for tokens, adapters in cases[:: 6 if quick else 1]:
             wanted = MadeUpStep(decodes=tuple((64, f"{group}-{row % adapters}") for row in range(tokens)))
             rows.append(_lora_row(bench, wanted, group, ranks[group], layers))
-        for tokens in (64, 256, 512, 1000)[:: 2 if quick else 1]:
-            for adapters in (1, 4):
+        for tokens in (64, 256, 512, 600, 768, 1000)[:: 2 if quick else 1]:
+            for adapters in (1, 4, 16):
                 if tokens > config.max_num_batched_tokens or adapters > config.max_num_seqs:
                     continue
                 chunks = tuple((0, tokens // adapters, f"{group}-{number}") for number in range(adapters))
                 rows.append(_lora_row(bench, MadeUpStep(chunks=chunks), group, ranks[group], layers))
-    for wanted in step_grid(config, count=20 if quick else 240, seed=11):
+    drawn = step_grid(config, count=20 if quick else 240, seed=11)
+    more = step_grid(config, count=0 if quick else 600, seed=12)
+    large = (wanted for wanted in more if wanted.tokens > LARGE_TOKENS)
+    for wanted in itertools.chain(drawn, large):
         if any(name is not None for *_, name in (*wanted.decodes, *wanted.chunks)) and _fits(bench, wanted):
             rows.append(_lora_row(bench, wanted, "mixed", 0, layers))
     return rows
 
 
 def _lora_row(bench: StepBench, wanted: MadeUpStep, group: str, rank: int, layers: int) -> dict[str, Any]:
-    shape, us, tile_tokens = bench.measure_lora_us(wanted)
+    shape, us = bench.measure_lora_us(wanted)
+    most = bench.runner.blueprint.config.max_num_batched_tokens
     return {
         "tp": 1,
         "tokens": shape.tokens,
-        "tile_tokens": tile_tokens,
+        "launch_tokens": next((end for end in LAUNCH_BOUNDARIES if shape.tokens <= end), most),
         "adapters": shape.lora_adapters,
         "rank": rank,
         "targets": "qkvo" if group.startswith("qkvo") else "mixed" if group == "mixed" else "all",

@@ -36,6 +36,11 @@ class MadeUpStep:
     decodes: tuple[tuple[int, str | None], ...] = ()
     chunks: tuple[tuple[int, int, str | None], ...] = ()
 
+    @property
+    def tokens(self) -> int:
+        """Tokens of the step."""
+        return len(self.decodes) + sum(length for _, length, _ in self.chunks)
+
 
 class StepBench:
     """Runs made-up steps on a runner whose pool is full of random numbers and whose adapters, or those of `names`, all are resident."""
@@ -113,10 +118,10 @@ class StepBench:
 
         return call
 
-    def measure_lora_us(self, wanted: MadeUpStep) -> tuple[StepShape, float, int]:
-        """Return a step's shape, the time of one layer's shrink and expand in it, and the tokens of a tile."""
+    def measure_lora_us(self, wanted: MadeUpStep) -> tuple[StepShape, float]:
+        """Return a step's shape and the time of one layer's shrink and expand in it."""
         step, batch = self.prepare(wanted)
-        return step.shape, lora_us(self.runner, batch), batch.layout.tile_tokens
+        return step.shape, lora_us(self.runner, batch)
 
     def _step(self, wanted: MadeUpStep) -> Step:
         self.runner.builder.clear()

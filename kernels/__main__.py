@@ -52,9 +52,10 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--ranks", default="16,64", help="LoRA ranks, comma-separated (default %(default)s)")
     bench.add_argument(
         "--cases",
-        default="1:1,32:32,128:32,1024:1,1024:32,mixed,saturated",
+        default="1:1,32:32,128:32,1024:1,1024:32,mixed,saturated,popular",
         help="LoRA batches: tokens:adapters for each rank, mixed (ranks 8 to 128 in one batch), "
-        "saturated (256 decode rows of 200 adapters and a prompt of 256 tokens); default %(default)s",
+        "saturated (256 decode rows of 200 adapters and a prompt of 256 tokens), popular (64 decode rows, their adapters by Zipf's law, alone "
+        "and with a prompt of 192 tokens); default %(default)s",
     )
     bench.add_argument(
         "--peers",

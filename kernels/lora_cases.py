@@ -12,7 +12,7 @@ from kernels.lora_plan import GROUPS
 
 GROUP_NAMES = ("qkv", "o", "gate_up", "down")
 CASES = ((1, 1), (32, 32), (128, 32), (1024, 1), (1024, 32))  # (tokens, adapters), issue 3
-SPECIAL = ("mixed", "saturated")
+SPECIAL = ("mixed", "saturated", "popular")
 MAX_RANK, MAX_TOKENS, MAX_ADAPTERS = 256, 65536, 1024
 
 
@@ -61,19 +61,32 @@ def spread(tokens: int, adapters: int) -> tuple[int, ...]:
     return tuple(np.diff(np.linspace(0, tokens, adapters + 1).astype(int)).tolist())
 
 
+def by_popularity(tokens: int, adapters: int) -> tuple[int, ...]:
+    """Return the rows of each adapter, at least one, the rest by Zipf's law: (8, 3) gives (5, 2, 1)."""
+    shares = 1 / np.arange(1, adapters + 1)
+    counts = 1 + np.floor(shares / shares.sum() * (tokens - adapters)).astype(int)
+    counts[0] += tokens - counts.sum()
+    return tuple(counts.tolist())
+
+
 # 40 tokens, each of an adapter of its own: five ranks in turn, against one rank of nearly the same bytes (1984 to 1920 ranks in all).
 MIXED_RANKS = (8, 16, 32, 64, 128)
 MIXED = Case(name="mixed", rank=128, tokens=40, adapters=40, ranks=MIXED_RANKS * 8)
 MIXED_UNIFORM = Case(name="as mixed", rank=48, tokens=40, adapters=40)
 # An engine with all it can hold: 256 decode rows over 200 adapters and a chunk of 256 prompt tokens of another.
 SATURATED = Case(name="saturated", rank=16, tokens=512, adapters=201, counts=(*spread(256, 200), 256))
+# What an engine decodes where some adapters are popular: each row's adapter by Zipf's law; and such rows with a chunk of a prompt.
+POPULAR = (
+    Case(name="popular", rank=16, tokens=64, adapters=32, counts=by_popularity(64, 32)),
+    Case(name="popular, chunk", rank=16, tokens=256, adapters=17, counts=(*by_popularity(64, 16), 192)),
+)
 
 
 def cases_of(
     ranks: tuple[int, ...], cases: tuple[tuple[int, int], ...], special: tuple[str, ...]
 ) -> list[Case]:
     """Return the cases in the order in which they are timed: those of one rank together, they share their weights."""
-    named = {"mixed": (MIXED, MIXED_UNIFORM), "saturated": (SATURATED,)}
+    named = {"mixed": (MIXED, MIXED_UNIFORM), "saturated": (SATURATED,), "popular": POPULAR}
     uniform = [
         Case(rank=rank, tokens=tokens, adapters=adapters) for rank in ranks for tokens, adapters in cases
     ]

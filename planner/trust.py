@@ -16,9 +16,9 @@ from engine.graph_sizes import padded_tokens
 from engine.step import StepShape
 from sim.costs import StepCosts, costs_for
 from sim.fit import fit_operators
-from sim.profile import Profile, find_profile, load_profile
+from sim.profile import Profile
 from sim.simulate import simulate
-from sim.validate import RUNS, validate
+from sim.validate import RUNS, costs_of_records, validate
 from traces import Trace
 
 BANDS_PCT = (5.0, 10.0)
@@ -53,7 +53,7 @@ class Extent:
 
 def recorded_runs() -> dict[str, Any]:
     """Hold the simulator against every run that ships; return `sim validate`'s outcome, each row with its family, unit and load in words."""
-    outcome = validate(RUNS, _shipped_costs)
+    outcome = validate(RUNS, costs_of_records())
     rows = [_labelled(row) for row in outcome["rows"]]
     return {
         "runs": outcome["runs"],
@@ -216,7 +216,3 @@ def _labelled(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def _times(value: float | None, factor: float) -> float | None:
     return value * factor if value is not None and isfinite(value) else None
-
-
-def _shipped_costs(config: ServingConfig) -> StepCosts:
-    return costs_for(load_profile(find_profile(config)), config)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterable
-from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -84,7 +83,7 @@ def run(
         result = run_vllm(load_vllm_profile(profile), serving, requests, given)
     else:
         happens = None if scenario is None else Scenario.load(scenario)
-        costs = _costs(profile)(serving)
+        costs = _costs(profile, serving)
         result = simulate(requests, serving, costs, adapters=given, seed=seed, scenario=happens)
         if with_intervals:
             names = validation.METRICS
@@ -119,7 +118,7 @@ def validate(
         vllm = vllm_outcome(runs, profile, workers)
         _print(form, vllm, lambda: vllm_lines(vllm))
         return
-    outcome = validation.validate(runs, _costs(profile))
+    outcome = validation.validate(runs, validation.costs_of_records(profile))
     if docs is not None:
         given = "" if also is None else f" --also {also}"
         write_page(docs, outcome, f"python -m sim validate --docs {docs}{given}", other)
@@ -143,7 +142,7 @@ def router_costs_command(
     specs = adapters_of_trace(asked) if adapters is None else load_adapters(adapters)
     slo = Slo(ttft_s=ttft_slo_ms / 1e3, tpot_s=tpot_slo_ms / 1e3)
     plan = blueprint(serving, specs)
-    found = with_router_costs(serving, _costs(profile)(serving), plan, slo)
+    found = with_router_costs(serving, _costs(profile, serving), plan, slo)
     typer.echo(json.dumps(found.to_json(), indent=2))
 
 
@@ -155,7 +154,7 @@ def bench_command(
 ) -> None:
     """Measure the simulator's own speed at 10 %, 75 % and saturated load."""
     config = ServingConfig()
-    rows = list(bench(requests, config, _costs(profile)(config)))
+    rows = list(bench(requests, config, _costs(profile, config)))
     _print(form, {"rows": rows, "modules": compiled.state()}, lambda: bench_lines(rows, compiled.state()))
 
 
@@ -242,14 +241,9 @@ def main(arguments: list[str] | None = None) -> int:
     return run_app(app, program=PROGRAM, arguments=arguments, user_errors=(UserError, TraceError))
 
 
-def _costs(profile: Path | None) -> Callable[[ServingConfig], StepCosts]:
-    """Return what prices a configuration: from the profile given, else from the one shipped for it."""
-    load = cache(load_profile)  # one profile is read, and so fitted, once for many configurations
-
-    def price(config: ServingConfig) -> StepCosts:
-        return costs_for(load(profile or find_profile(config)), config)
-
-    return price
+def _costs(profile: Path | None, config: ServingConfig) -> StepCosts:
+    """Price a configuration: from the profile given, else from the one shipped for it."""
+    return costs_for(load_profile(profile or find_profile(config)), config)
 
 
 def _outcome(path: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from engine.config import ServingConfig
 from engine.errors import UserError
 from sim.agreement import GroupRow, by_group, by_request, by_step, error_pct, group_summary
 from sim.costs import StepCosts
+from sim.costs import costs_for as fitted_costs
 from sim.intervals import COVERAGE, FAMILIES, Interval, family_of, intervals, stretch_of
 from sim.noise import noise_of, twins
+from sim.profile import find_profile, load_profile
 from sim.records import RecordedRun as RecordedRun
 from sim.records import recorded_run as recorded_run
 from sim.replica import StepTimes
@@ -36,7 +39,7 @@ METRICS = (
 )
 LEVELS = ((0.5, "under50"), (0.8, "50to80"), (0.95, "80to95"), (np.inf, "saturated"))
 
-CostsFor = Callable[[ServingConfig], StepTimes]
+CostsFor = Callable[[RecordedRun], StepTimes]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +75,16 @@ class Judged:
     requests: tuple[dict[str, Any], ...]
     steps: tuple[dict[str, Any], ...]
     intervals: Mapping[str, Interval]
+
+
+def costs_of_records(profile: Path | None = None) -> CostsFor:
+    """Return what prices records: from the profile given, else from the folder `profiles` beside the record, else from those that ship."""
+    load = cache(load_profile)  # read, and so fitted, once for many records
+
+    def price(run: RecordedRun) -> StepTimes:
+        return fitted_costs(load(profile or find_profile(run.config, run.profiles)), run.config)
+
+    return price
 
 
 def validate(folder: Path, costs_for: CostsFor, *, with_intervals: bool = True) -> dict[str, Any]:
@@ -116,7 +129,7 @@ def outcome_of(judged: Sequence[Judged]) -> dict[str, Any]:
 
 def judge(run: RecordedRun, costs_for: CostsFor, *, with_intervals: bool = True) -> Judged:
     """Simulate a recorded run and compare: metrics, groups of adapters, requests, and its steps by their shapes."""
-    costs = costs_for(run.config)
+    costs = costs_for(run)
     adapters = run.adapters or None
     result = simulate(run.trace, run.config, costs, adapters=adapters)
     load = run.load

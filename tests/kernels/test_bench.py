@@ -116,13 +116,17 @@ def test_lora_of_mixed_ranks_and_of_a_prompt_beside_decodes():
 
 
 def test_the_cases_that_the_issue_asks_for():
-    mixed, uniform, saturated = lora_cases.cases_of((), (), lora_cases.SPECIAL)
+    mixed, uniform, saturated, popular, chunk = lora_cases.cases_of((), (), lora_cases.SPECIAL)
     assert sorted(set(mixed.adapter_ranks)) == [8, 16, 32, 64, 128] and mixed.tokens == 40
     assert sum(mixed.adapter_ranks) == 1984 and sum(uniform.adapter_ranks) == 1920
     assert sum(saturated.row_counts) == saturated.tokens == 512
     assert set(saturated.row_counts[:200]) == {1, 2} and saturated.row_counts[200:] == (256,)
+    assert popular.row_counts[:3] == (24, 4, 3) and min(popular.row_counts) == 1
+    assert chunk.row_counts[-1] == 192 and sum(chunk.row_counts[:-1]) == 64
     assert all(
-        len(case.row_counts) == len(case.adapter_ranks) == case.adapters for case in (mixed, saturated)
+        len(case.row_counts) == len(case.adapter_ranks) == case.adapters
+        and sum(case.row_counts) == case.tokens
+        for case in (mixed, saturated, popular, chunk)
     )
     assert Case(rank=8, tokens=5, adapters=2).row_counts == (2, 3)
 
@@ -231,7 +235,7 @@ def test_the_command_writes_a_table_and_json(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(__main__, "run_parts", run_parts)
     out = tmp_path / "bench.json"
     assert __main__.main(["bench", "--only", "small", "--quick", "--out", str(out)]) == 0
-    assert parts == [(["small"], 13, None, True)]
+    assert parts == [(["small"], 15, None, True)]
     assert json.loads(out.read_text())["provenance"] == {"commit": "abc"}
     shown = capsys.readouterr()
     assert "rms_norm" in shown.out and "at work" in shown.err and "at work" not in shown.out

@@ -4,19 +4,13 @@ from itertools import combinations
 
 import pytest
 
-from sim.costs import StepCosts, costs_for
-from sim.profile import find_profile, load_profile
 from sim.records import recorded_run
-from sim.validate import RUNS, compare
+from sim.validate import RUNS, compare, costs_of_records
 
 CONFIGURATIONS = (
     "tp1", "merge-hot", "replicas2", "tp2-block_diagonal", "tp2-replicated", "tp2-slora", "tp2-slora_published",
 )  # fmt: skip
 CLEARLY = 1.05  # apart
-
-
-def costs(config) -> StepCosts:
-    return costs_for(load_profile(find_profile(config)), config)
 
 
 @pytest.mark.slow
@@ -27,7 +21,7 @@ def costs(config) -> StepCosts:
 def test_configurations_are_in_the_order_that_was_measured(kind, metric):
     found = {}
     for name in CONFIGURATIONS:
-        rows = compare(recorded_run(RUNS / f"{kind}-{name}"), costs)
+        rows = compare(recorded_run(RUNS / f"{kind}-{name}"), costs_of_records())
         found[name] = next((row.measured, row.predicted) for row in rows if row.metric == metric)
     for one, other in combinations(found, 2):
         measured, predicted = (found[one][i] / found[other][i] for i in (0, 1))

@@ -36,6 +36,10 @@ def costs_of(config):
     return costs_for(PROFILE, config)
 
 
+def costs_of_run(run):
+    return costs_of(run.config)
+
+
 def workload(requests=50, mix=(8, 32), seed=0, rate=RATE):
     how = Assignment(rule="R1", adapters=6, zipf_s=0.9, rank_mix=mix, seed=seed)
     return assign(synthesize(replace(S_LORA, rate_rps=rate), requests, seed), how)
@@ -225,7 +229,7 @@ def collection(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def outcome(collection):
-    return validate(collection, costs_of)
+    return validate(collection, costs_of_run)
 
 
 def test_every_kind_of_record_is_loaded_and_simulated(outcome):
@@ -245,7 +249,7 @@ def test_every_kind_of_record_is_loaded_and_simulated(outcome):
 
 def test_a_run_is_not_stretched_by_its_own_twin(collection):
     runs = [recorded_run(collection / name, collection) for name in ("one", "one-again")]
-    found = outcome_of([judge(run, costs_of) for run in runs])
+    found = outcome_of([judge(run, costs_of_run) for run in runs])
     assert not any("stretched_within" in row for row in found["rows"])
     assert found["coverage"]["stretched_pct"] is None
     assert any("too few runs" in line for line in found["shortfalls"])
@@ -286,7 +290,7 @@ def test_one_command_writes_page_and_plot(collection, tmp_path, capsys):
 
 def test_an_empty_folder_is_told(tmp_path):
     with pytest.raises(UserError, match="holds no run record"):
-        validate(tmp_path, costs_of)
+        validate(tmp_path, costs_of_run)
 
 
 def test_a_trace_and_its_record_are_the_same(slow):
