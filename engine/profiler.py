@@ -220,7 +220,7 @@ def _profile_lora(bench: StepBench, *, quick: bool) -> list[dict[str, Any]]:
             rows.append(_lora_row(bench, wanted, group, ranks[group], layers))
         for tokens in (64, 256, 512, 600, 768, 1000)[:: 2 if quick else 1]:
             for adapters in (1, 4, 16):
-                if tokens > config.max_num_batched_tokens or adapters > config.max_num_seqs:
+                if tokens > config.max_num_batched_tokens or adapters > min(available, config.max_num_seqs):
                     continue
                 chunks = tuple((0, tokens // adapters, f"{group}-{number}") for number in range(adapters))
                 rows.append(_lora_row(bench, MadeUpStep(chunks=chunks), group, ranks[group], layers))
