@@ -27,12 +27,11 @@ from engine.requests import Request
 from engine.runner import Runner
 from engine.step import StepShape
 from engine.step_profile import MadeUpStep, StepBench
-from kernels.lora_launch import LAUNCH_BOUNDARIES
 
 ATTENTION_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 SCHEMA_VERSION = 1
 MOST_KV_TOKENS = 8000  # of a made-up decode row
-LARGE_TOKENS = 512  # steps above it are few in a grid, and launch LoRA in their own way
+LARGE_TOKENS = 512  # steps above it are few in a grid
 CLOCK_TOKENS = (128, 256, 512, 1024)  # of the steps whose slowing down is watched
 CLOCK_DECODES = (0, 1, 2, 3, 5, 8)  # decode steps between two of them, at the largest size
 COOLING_STEPS, WATCHED_S = 160, 1.0  # after decode steps alone, for so long
@@ -234,12 +233,11 @@ def _profile_lora(bench: StepBench, *, quick: bool) -> list[dict[str, Any]]:
 
 
 def _lora_row(bench: StepBench, wanted: MadeUpStep, group: str, rank: int, layers: int) -> dict[str, Any]:
-    shape, us = bench.measure_lora_us(wanted)
-    most = bench.runner.blueprint.config.max_num_batched_tokens
+    shape, us, tile_tokens = bench.measure_lora_us(wanted)
     return {
         "tp": 1,
         "tokens": shape.tokens,
-        "launch_tokens": next((end for end in LAUNCH_BOUNDARIES if shape.tokens <= end), most),
+        "tile_tokens": tile_tokens,
         "adapters": shape.lora_adapters,
         "rank": rank,
         "targets": "qkvo" if group.startswith("qkvo") else "mixed" if group == "mixed" else "all",

@@ -118,10 +118,10 @@ class StepBench:
 
         return call
 
-    def measure_lora_us(self, wanted: MadeUpStep) -> tuple[StepShape, float]:
-        """Return a step's shape and the time of one layer's shrink and expand in it."""
+    def measure_lora_us(self, wanted: MadeUpStep) -> tuple[StepShape, float, int]:
+        """Return a step's shape, the time of one layer's shrink and expand in it, and the tokens of a tile."""
         step, batch = self.prepare(wanted)
-        return step.shape, lora_us(self.runner, batch)
+        return step.shape, lora_us(self.runner, batch), batch.layout.tile_tokens
 
     def _step(self, wanted: MadeUpStep) -> Step:
         self.runner.builder.clear()

@@ -305,11 +305,7 @@ def lora_expand_kernel(
             y_rows = y + (row_start * stride_y + y_first)
             n_count = tl.minimum(item_n, width - n_first)
             one_block = h_first % 4 + rank <= 16
-            if ROW_PATH and row_count == 1 and rank <= 16:
-                expand_row(
-                    y_rows, h, stride_plane, splits, table + entry, pool, scale, rank, h_first, n_first, n_count, width, UNIT, EVEN, PDL
-                )  # fmt: skip
-            elif TILE_TOKENS == 16 and one_block:  # two cases, inlined
+            if TILE_TOKENS == 16 and one_block:  # two cases, inlined
                 expand_tile(
                     y_rows, stride_y, h, stride_plane, stride_bridge, width_of_bridge, splits, row_count, table + entry, pool, scale,
                     rank, h_first, n_first, n_count, width, 16, 16, 256, STAGES, UNIT, EVEN, PDL,
@@ -323,6 +319,10 @@ def lora_expand_kernel(
                 expand_tile(
                     y_rows, stride_y, h, stride_plane, stride_bridge, width_of_bridge, splits, row_count, table + entry, pool, scale,
                     rank, h_first, n_first, n_count, width, 16, 64, 128, STAGES, UNIT, EVEN, PDL,
+                )  # fmt: skip
+            elif ROW_PATH and row_count == 1 and rank <= 16:
+                expand_row(
+                    y_rows, h, stride_plane, splits, table + entry, pool, scale, rank, h_first, n_first, n_count, width, UNIT, EVEN, PDL
                 )  # fmt: skip
             elif row_count <= 16 and one_block:
                 expand_tile_apart(

@@ -54,9 +54,7 @@ def lora_launch_config(tokens: int, group: int) -> LoraLaunch:
     hold for others; `tile_tokens` depends on `tokens` alone, because the four groups share their tiles.
 
     Chosen on an H200, 2026-11-22, one layer of Llama-3.1-8B in µs: at most 8 parts of `in` against 16, 32 tokens of 32 adapters 45 against
-    48, but 1,024 of one 99 against 88. Few tokens: 8 warps and 2 programs an SM 17 against 18. Tiles of 16 rows against 32: 64 tokens of 32
-    adapters by popularity 51 against 65, 256 rows of 64 adapters with a chunk of 64 tokens 94 against 125, 32 tokens of 32 adapters 48 against 46,
-    512 of 8 of rank 64 97 against 96, 1,024 of one 96 against 89, of 8 of rank 64 172 against 146.
+    48, but 1,024 of one 99 against 88. Few tokens: 8 warps and 2 programs an SM 17 against 18.
     """
     if tokens <= 16:
         return LoraLaunch(
@@ -65,10 +63,10 @@ def lora_launch_config(tokens: int, group: int) -> LoraLaunch:
             shrink_programs=NUM_SMS * 2,
             expand_programs=NUM_SMS * 2,
             shrink=ShrinkTuning(num_warps=8, max_registers=None),
-            expand=ExpandTuning(num_warps=8, max_registers=None, row_path=False),
+            expand=ExpandTuning(num_warps=8, max_registers=None),
         )
     return LoraLaunch(
-        tile_tokens=16 if tokens <= 512 else 32,
+        tile_tokens=32,
         max_splits=4 if tokens > 1024 else 8 if tokens <= 512 and group != 3 else 16,
         shrink_programs=NUM_SMS * 4,
         expand_programs=NUM_SMS * 4,

@@ -90,7 +90,7 @@ def verify(path: Path, config_path: Path | None, profile_path: Path | None) -> V
     """Predict a configuration (None: the run's own) on the requests of a run record and compare. Raises UserError, TraceError."""
     run = recorded_run(path)
     config = run.config if config_path is None else ServingConfig.load(config_path)
-    profile = load_profile(profile_path or find_profile(config, run.profiles))
+    profile = load_profile(profile_path or find_profile(config))
     return compare(run, config, Pricing(profile))
 
 

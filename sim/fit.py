@@ -61,7 +61,9 @@ class FitReport:
 
 @dataclass(frozen=True, slots=True)
 class LoraRegime:
-    """LoRA in steps of at most `most_tokens` tokens: larger ones launch the kernels otherwise, at another cost."""
+    """LoRA in steps of at most `most_tokens` tokens: larger ones run the kernels with other tiles, at another
+    cost.
+    """
 
     most_tokens: float
     envelope: Envelope
@@ -176,15 +178,15 @@ def _additive(name: str, table: Table, columns: tuple[str, ...], qualities: list
 
 
 def _lora_regimes(tp: int, table: Table, qualities: list[FitQuality]) -> tuple[LoraRegime, ...]:
-    """Fit steps that are launched alike on their own; `launch_tokens` is the largest such step."""
+    """Fit each tile size on its own; the largest step measured with a tile size is where it ends."""
     regimes = []
-    sizes = _values(table, "launch_tokens")
+    sizes = _values(table, "tile_tokens")
     for size in sizes:
-        rows = table.where(launch_tokens=size)
-        most_tokens = float("inf") if size == sizes[-1] else float(size)
+        rows = table.where(tile_tokens=size)
+        most_tokens = float("inf") if size == sizes[-1] else float(rows.numbers["tokens"].max())
         shared = rows.numbers["bytes"] - rows.numbers["single_bytes"]
         rows = Table({**rows.numbers, "shared_bytes": shared}, rows.words)
-        envelope = _additive(f"lora tp{tp} up to {size} tokens", rows, LORA, qualities)
+        envelope = _additive(f"lora tp{tp} tiles of {size}", rows, LORA, qualities)
         regimes.append(LoraRegime(most_tokens, envelope))
     return tuple(regimes)
 

@@ -36,7 +36,7 @@ NUMBERS: dict[str, tuple[str, ...]] = {
     "attention_decode": ("tp", "rows", "kv_tokens", "kv_max"),
     "attention_prefill": ("tp", "tokens", "pairs", "kv_tokens", "kv_max"),
     "elementwise": ("tp", "tokens"),
-    "lora": ("tp", "tokens", "launch_tokens", "adapters", "bytes", "single_bytes", "token_bytes"),
+    "lora": ("tp", "tokens", "tile_tokens", "adapters", "bytes", "single_bytes", "token_bytes"),
     "sample": ("rows",),
     "transfer": ("bytes",),
     "collective": ("ranks", "bytes"),
@@ -107,19 +107,18 @@ def load_profile(path: str | Path) -> Profile:
     return parse_profile(data, str(path), [(_read_json(file), str(file)) for file in files])
 
 
-def find_profile(config: ServingConfig, folder: Path | None = None) -> Path:
-    """Return the profile for a configuration in a folder, else of those that ship: of its model and GPU, else of another model on that GPU, else
-    of another GPU. Raises UserError for a GPU that is not in the catalogue.
+def find_profile(config: ServingConfig) -> Path:
+    """Return the shipped profile for a configuration: of its model and GPU, else of another model on that GPU, else of another GPU. Raises
+    UserError for a GPU that is not in the catalogue.
     """
-    folder = folder or PROFILES
     gpu = gpu_spec(config.gpu).name  # an unknown one is said
-    exact = folder / f"{config.model.lower()}.{gpu}.json"
+    exact = PROFILES / f"{config.model.lower()}.{gpu}.json"
     if "/" not in config.model and exact.is_file():
         return exact
     model = "" if "/" in config.model else config.model.lower()
-    others = [path for path in folder.glob("*.json") if _OF_ONE_GPU.fullmatch(path.name)]
+    others = [path for path in PROFILES.glob("*.json") if _OF_ONE_GPU.fullmatch(path.name)]
     if not others:
-        raise UserError(f"no profile in {folder}; give one with --profile")
+        raise UserError(f"no profile in {PROFILES}; give one with --profile")
     # Another model on the same kind of GPU says more than the same model on another kind.
     return min(
         others,

@@ -18,16 +18,13 @@ from traces import Trace, TraceRequest
 from traces.metrics import metrics
 from traces.run_record import RunRecord, read_run
 
-PROFILES = "profiles"
-
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class RecordedRun:
     """A run record as the simulator takes it.
 
     load: the offered load over the capacity, where the record tells it. requests: as measured, in the trace's order; steps: as recorded, one of
-    every `steps_every`. profiles: the folder `profiles` beside the record, where there is one: of the kernels that it was run with, when those
-    that ship are of newer ones.
+    every `steps_every`.
     """
 
     name: str
@@ -40,15 +37,14 @@ class RecordedRun:
     steps: pd.DataFrame
     machine: str = ""
     steps_every: int = 1
-    profiles: Path | None = None
 
     @property
     def key(self) -> Hashable:
-        """What two records of the same trace under the same configuration and kernels have in common."""
+        """What two records of the same trace under the same configuration have in common."""
         columns = self.trace.columns
         arrays = (columns.arrival_s, columns.prompt_tokens, columns.output_tokens, columns.adapter_index)
         config = tuple(sorted((name, repr(value)) for name, value in self.config.to_json().items()))
-        return self.profiles, config, columns.adapter_names, tuple(array.tobytes() for array in arrays)
+        return config, columns.adapter_names, tuple(array.tobytes() for array in arrays)
 
 
 def recorded_run(path: Path, root: Path | None = None) -> RecordedRun:
@@ -73,7 +69,6 @@ def recorded_run(path: Path, root: Path | None = None) -> RecordedRun:
         steps=record.steps,
         machine=_machine(record),
         steps_every=int(record.run.get("steps_kept_every", 1)),
-        profiles=profiles if (profiles := path.parent / PROFILES).is_dir() else None,
     )
 
 

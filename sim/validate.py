@@ -78,11 +78,11 @@ class Judged:
 
 
 def costs_of_records(profile: Path | None = None) -> CostsFor:
-    """Return what prices records: from the profile given, else from the folder `profiles` beside the record, else from those that ship."""
+    """Return what prices records: from the profile given, else from those that ship."""
     load = cache(load_profile)  # read, and so fitted, once for many records
 
     def price(run: RecordedRun) -> StepTimes:
-        return fitted_costs(load(profile or find_profile(run.config, run.profiles)), run.config)
+        return fitted_costs(load(profile or find_profile(run.config)), run.config)
 
     return price
 

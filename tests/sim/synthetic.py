@@ -145,7 +145,7 @@ def _lora_rows(tp: int) -> list[dict[str, Any]]:
         row: dict[str, Any] = {
             "tp": tp,
             "tokens": tokens,
-            "launch_tokens": 128 if tokens <= 128 else 1024,
+            "tile_tokens": 16 if tokens <= 128 else 64,
             "adapters": adapters,
             "rank": rank,
             "targets": "all",

@@ -1,7 +1,6 @@
 """The command line: JSON contracts, and one clear line with exit code 2 for bad input."""
 
 import json
-import shutil
 
 import pandas as pd
 import pytest
@@ -11,7 +10,7 @@ from sim.__main__ import main
 from sim.costs import costs_for
 from sim.profile import load_profile
 from sim.simulate import simulate
-from sim.validate import METRICS, at_once, costs_of_records, load_level, recorded_run, validate
+from sim.validate import METRICS, at_once, load_level, recorded_run, validate
 from tests.sim import synthetic
 from tests.sim.constant import trace_of
 from traces import save
@@ -192,21 +191,3 @@ def test_validate_is_a_plain_function(files, runs):
     profile = load_profile(files / "profile.json")
     found = validate(runs, lambda run: costs_for(profile, run.config), with_intervals=False)
     assert found["runs"] == 2 and found["coverage"]["bootstrap_pct"] is None
-
-
-def test_records_are_priced_by_the_profiles_beside_them(runs, tmp_path):
-    """Records of older kernels keep the profile that was measured with these, and are no twins of newer ones."""
-    older = tmp_path / "older"
-    shutil.copytree(runs / "given", older / "given")
-    (older / "profiles").mkdir()
-    profile = json.dumps(synthetic.profile_json(correction=1.1))
-    (older / "profiles" / "llama-3.1-8b.h200.json").write_text(profile)
-    own = recorded_run(older / "given", tmp_path)
-    assert own.profiles == older / "profiles" and own.key != recorded_run(runs / "given").key
-    found = validate(tmp_path, costs_of_records(), with_intervals=False)
-    assert {row["run"] for row in found["rows"]} == {"older/given"}
-    assert all(abs(row["error_pct"]) < 0.01 for row in found["rows"])
-    assert (
-        max(abs(row["error_pct"]) for row in validate(runs, costs_of_records(), with_intervals=False)["rows"])
-        > 1
-    )

@@ -47,7 +47,7 @@ def test_the_report_tells_errors_in_sample_and_held_out():
     assert COSTS.report.steps.held_out_worst_error < 0.01
     assert {fit.name for fit in COSTS.report.operators} >= {
         "matmul qkv tp1",
-        "lora tp1 up to 128 tokens",
+        "lora tp1 tiles of 16",
         "transfer",
         "host",
     }
