@@ -165,10 +165,11 @@ def _extents(
             [float(shape.decode_kv_tokens) for shape in shapes],
         ),
         (
-            "context tokens prompts read",
-            prefill["kv_tokens"],
-            [float(shape.prefill_kv_tokens) for shape in shapes],
+            "longest context of a request that decodes",
+            decode["kv_max"],
+            [float(shape.decode_kv_max) for shape in shapes],
         ),
+        ("longest context of a prompt", prefill["kv_max"], [float(shape.prefill_kv_max) for shape in shapes]),
         ("distinct adapters", lora["adapters"], [float(shape.lora_adapters) for shape in shapes]),
         (
             "adapter bytes read",

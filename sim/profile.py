@@ -235,6 +235,9 @@ def _table(
         if not isinstance(row, dict):
             raise UserError(f"{place}[{index}] must be an object")
         for name, column in columns.items():
+            if name not in row:
+                again = "an earlier version's profile? measure again: `python -m engine profile`"
+                raise UserError(f"{place}[{index}]: {name} is missing ({again})")
             column.append(_number(row, name, f"{place}[{index}]"))
         for name, text in texts.items():
             text.append(_text(row, name, f"{place}[{index}]"))

@@ -41,14 +41,15 @@ def test_what_stands_in_the_way_is_one_line(flags, line, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_ranks_measure_steps_and_serve_bursts(tmp_path):
+@pytest.mark.parametrize("tp", [2, 4])
+def test_ranks_measure_steps_and_serve_bursts(tmp_path, tp):
     model = save_model(
         tiny_model("llama", num_key_value_heads=4, num_attention_heads=8, hidden_size=128, head_dim=16),
         tmp_path / "model",
     )
     config = ServingConfig(
         model=str(model),
-        tp=2,
+        tp=tp,
         backend="reference",
         dtype="float32",
         max_num_seqs=8,
@@ -71,11 +72,11 @@ def test_ranks_measure_steps_and_serve_bursts(tmp_path):
         burst_tokens=(2, 12),
         kv_tokens=60,
     )
-    target = tmp_path / "tiny.h200.tp2.json"
+    target = tmp_path / f"tiny.h200.tp{tp}.json"
     profile_parallel(config, plan, target, progress=lambda _: None)
     data = json.loads(target.read_text(encoding="utf-8"))
     steps, _ = parse_parallel(data, "tiny")
-    assert {(found.exchange, found.tp) for found in steps} == {("local", 2), ("slora", 2)}
+    assert {(found.exchange, found.tp) for found in steps} == {("local", tp), ("slora", tp)}
     assert all(len(found.steps) == len(found.steps_us) for found in steps)
     bursts = [row for row in data["steps"] if row["case"] == "burst"]
     assert [row["lora_sharding"] for row in bursts] == [

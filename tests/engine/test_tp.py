@@ -27,7 +27,7 @@ from tests.engine.tiny import save_adapter, save_model, tiny_model
 COLUMN = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"]
 ROW = ["o_proj", "down_proj"]
 DENSE = {"r8": {"rank": 8}, "r3": {"rank": 3, "targets": ["q_proj", "o_proj", "up_proj", "down_proj"]}}
-BLOCKS = {"bd2": 2, "bd4": 4}
+BLOCKS = {"bd2": 2, "bd4": 4, "bd8": 8}
 LOGITS_TOLERANCE = 1e-5
 CONFIG = {
     "max_num_seqs": 8,
@@ -43,9 +43,9 @@ CONFIG = {
 class World:
     """A tiny model and adapters on disk, and what Hugging Face + PEFT make of them."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, kv_heads: int = 4):
         model = tiny_model(
-            "llama", num_key_value_heads=4, num_attention_heads=8, hidden_size=128, head_dim=16
+            "llama", num_key_value_heads=kv_heads, num_attention_heads=8, hidden_size=128, head_dim=16
         )
         self.folder = save_model(model, folder / "model")
         self.models = {None: model}
@@ -157,7 +157,10 @@ def serve(runner, names, logits, count=10):
         pytest.param(2, "slora_published", ["r8", "r3"], marks=pytest.mark.slow),
         pytest.param(4, "slora", ["r8", "r3", "bd4"], marks=pytest.mark.slow),  # four processes on two cores
         pytest.param(4, "block_diagonal", ["r8", "r3", "bd4"], marks=pytest.mark.slow),
+        pytest.param(4, "slora_published", ["r8", "r3"], marks=pytest.mark.slow),
         pytest.param(8, "replicated", ["r8", "r3"], marks=pytest.mark.slow),  # eight processes on two cores
+        pytest.param(8, "slora", ["r8", "r3", "bd8"], marks=pytest.mark.slow),
+        pytest.param(8, "slora_published", ["r8", "r3"], marks=pytest.mark.slow),
     ],
     ids=[
         "2-replicated",
@@ -166,10 +169,24 @@ def serve(runner, names, logits, count=10):
         "2-slora_published",
         "4-slora",
         "4-block_diagonal",
+        "4-slora_published",
         "8-replicated-kv-heads-shared",
+        "8-slora-kv-heads-shared",
+        "8-slora_published-kv-heads-shared",
     ],
 )
 def test_every_mode_equals_the_dense_computation(world, start, monkeypatch, tp, sharding, names):
+    equals_the_dense_computation(world, start, monkeypatch, tp, sharding, names)
+
+
+@pytest.mark.slow  # eight processes on two cores
+def test_block_diagonal_over_as_many_ranks_as_kv_heads(tmp_path, start, monkeypatch):
+    equals_the_dense_computation(
+        World(tmp_path, kv_heads=8), start, monkeypatch, 8, "block_diagonal", ["r8", "bd8"]
+    )
+
+
+def equals_the_dense_computation(world, start, monkeypatch, tp, sharding, names):
     steps = Logits(monkeypatch)
     runner = start(world, names, tp=tp, lora_sharding=sharding)
     for adapter, prompt, tokens, logits in serve(runner, names, steps):
@@ -219,11 +236,18 @@ def test_collectives_beyond_the_bases(world, start, sharding, names, further):
     assert issued[names[0]] == {kind: BASE_COLLECTIVES[kind] + further[kind] for kind in further}
 
 
-def test_what_cannot_run_is_refused_with_the_reason(world):
-    specs = {"bd2": world.specs["bd2"]}
-    config = ServingConfig(model=str(world.folder), **(CONFIG | {"tp": 4, "lora_sharding": "block_diagonal"}))
-    with pytest.raises(UserError, match=r"'bd2': nblocks \(=2\) must be a multiple of tp \(=4\)"):
-        build_runner(config, specs)
+@pytest.mark.parametrize(
+    ("tp", "name", "reason"),
+    [
+        (4, "bd2", r"'bd2': nblocks \(=2\) must be a multiple of tp \(=4\)"),
+        (8, "bd8", r"'bd8': .* KV heads are held by several GPUs: tp=8, 4 KV heads"),
+    ],
+)
+def test_what_cannot_run_is_refused_with_the_reason(world, tp, name, reason):
+    changes = {"tp": tp, "lora_sharding": "block_diagonal"}
+    config = ServingConfig(model=str(world.folder), **(CONFIG | changes))
+    with pytest.raises(UserError, match=reason):
+        build_runner(config, {name: world.specs[name]})
 
 
 def test_an_adapter_that_no_rank_can_read_fails_its_requests_alone(world, start, tmp_path):
